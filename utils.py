@@ -1,0 +1,111 @@
+"""What every script shares: clear errors, whole files and command lines made from dataclasses."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that names the file, the fact and the remedy."""
+
+
+def run(main, argv=None):
+    """Call `main(argv)` as a script: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Yield a temporary path beside `path` and rename it to `path` at the end: all of it or nothing.
+
+    The temporary path keeps the suffix, so that writers which go by it work. What was written is removed
+    when the block raises. Works for a file or a folder. Raises `UserError` where nothing can be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if partial.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({what}); choose another place or free some disk") from error
+    finally:
+        with contextlib.suppress(OSError):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
+
+
+def option(default, help, **argparse_options):
+    """A dataclass field that `parse` shows on the command line; `positional=True` makes it a positional argument."""
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require(options, condition, *names):
+    """Raise `UserError` for the first of the named options whose value does not meet `condition`, (function, text)."""
+    meets, text = condition
+    for name in names:
+        value = getattr(options, name)
+        if not meets(value):
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {shown}: give {text}")
+
+
+POSITIVE = (lambda value: value is None or value > 0, "more than 0")
+SHARE = (lambda value: 0 <= value <= 1, "a share from 0 to 1")
+RANGE = (lambda value: value[0] <= value[1], "the lower end first")
+
+
+def parse(options_class, argv, description):
+    """Fill the dataclass `options_class` from `argv`; the fields' defaults and help texts make the command line.
+
+    `bool` fields become `--name/--no-name`, `list[str]` fields take one or more values, `X | None` fields take
+    an X and stay `None` without one.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    hints = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):
+        if not field.metadata:
+            continue
+        extra = dict(field.metadata)
+        positional = extra.pop("positional", False)
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        if default not in (None, False, True, "", []):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            extra["help"] += f" (default: {shown})"
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+        if typing.get_origin(kind) is list:
+            extra.setdefault("nargs", "*" if positional else "+")
+            (kind,) = typing.get_args(kind)
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["type"] = kind
+        name = field.name if positional else "--" + field.name.replace("_", "-")
+        parser.add_argument(name, default=default, **extra)
+    return options_class(**vars(parser.parse_args(argv)))
