@@ -1,0 +1,77 @@
+"""Reference recordings to d-vectors with the pretrained GE2E speaker encoder (Wan et al., 2018, arXiv:1710.10467).
+
+The weights are those that the `resemblyzer` package carries (MIT licence, trained on LibriSpeech train-other, VoxCeleb
+1 and 2); only its file is used, the network of three LSTM layers and a linear layer is written out here.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import librosa
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audio import SAMPLE_RATE
+
+WINDOW, HOP, MELS = 400, 160, 40  # samples, samples, bands: the features that the weights were trained on
+PIECE = 160 * HOP  # samples that the encoder sees at once
+STEP = 120 * HOP  # samples between two such pieces
+LEVEL_DB = -30.0  # dBFS, root mean square
+
+
+class SpeakerEncoder(nn.Module):
+    """Turns references (any number of samples from 1 s up, 16 kHz) into d-vectors (256,) of unit length."""
+
+    size = 256
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(MELS, self.size, num_layers=3, batch_first=True)
+        self.linear = nn.Linear(self.size, self.size)
+        mel = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=MELS)
+        self.register_buffer("mel", torch.from_numpy(mel), persistent=False)
+        package = importlib.util.find_spec("resemblyzer")
+        weights = Path(package.submodule_search_locations[0]) / "pretrained.pt"
+        saved = torch.load(weights, map_location="cpu", weights_only=True)["model_state"]
+        self.load_state_dict({name: value for name, value in saved.items() if name in self.state_dict()})
+        self.eval().requires_grad_(False)
+
+    def forward(self, pieces):
+        """Embed pieces (batch, PIECE samples) of speech as (batch, 256), each of unit length."""
+        level = pieces.square().mean(-1, keepdim=True).sqrt()
+        pieces = pieces * (10 ** (LEVEL_DB / 20) / (level + 1e-9))
+        window = torch.hann_window(WINDOW, device=pieces.device)
+        spectrum = torch.stft(pieces, WINDOW, HOP, window=window, pad_mode="constant", return_complex=True)
+        mel = self.mel @ spectrum.abs().square()[..., : PIECE // HOP]
+        hidden = self.lstm(mel.transpose(1, 2))[1][0][-1]
+        return F.normalize(F.relu(self.linear(hidden)), dim=-1)
+
+    def dvectors(self, references):
+        """Embed a list of references, each (samples,), as d-vectors (len(references), 256)."""
+        return self.prefix_dvectors(references, [math.inf])[:, 0]
+
+    @torch.inference_mode()
+    def prefix_dvectors(self, references, lengths):
+        """Embed the first `lengths` samples, as far as there are as many, of each of a list of references (samples,).
+
+        Returns (len(references), len(lengths), 256). The d-vector is the mean over the pieces, PIECE long and STEP
+        apart, that lie in the reference; one that is shorter than a piece is repeated.
+        """
+        pieces, chosen = [], []  # for each d-vector, the numbers of its pieces
+        for reference in references:
+            reference = torch.as_tensor(reference, dtype=torch.float32, device=self.mel.device)
+            first = len(pieces)
+            if len(reference) >= PIECE:
+                pieces.extend(reference.unfold(0, PIECE, STEP))
+            for length in lengths:
+                length = min(length, len(reference))
+                if length >= PIECE:
+                    chosen.append(range(first, first + 1 + (length - PIECE) // STEP))
+                else:
+                    chosen.append([len(pieces)])
+                    pieces.append(reference[:length].repeat(-(-PIECE // length))[:PIECE])
+        embedded = self(torch.stack(pieces))
+        dvectors = torch.stack([F.normalize(embedded[list(numbers)].mean(0), dim=0) for numbers in chosen])
+        return dvectors.view(len(references), len(lengths), self.size).clone()
