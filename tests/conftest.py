@@ -1,0 +1,78 @@
+"""What tests share: the real recordings where they are, else the bundled voices; a small store; a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import corpora
+import downloader
+import mixing
+import model
+from utils import ROOT
+
+CORPORA = Path(os.environ.get("CORPORA", ROOT.parent / "shared" / "corpora"))
+DEMO = ROOT / "datasets" / "demo"
+SIZE = 40
+
+
+@pytest.fixture(scope="session")
+def recordings():
+    """Recordings by kind: real ones where there are some, otherwise the bundled ones."""
+    if CORPORA.exists():
+        speech = corpora.find([str(CORPORA / "LibriSpeech")], "speech", CORPORA)
+        speech = [r for r in speech if "test-other" not in r.path.parts]
+        noise, music = CORPORA / "noise", CORPORA / "music"
+    else:
+        speech = corpora.find([str(DEMO / "voices")], "speech", DEMO)
+        noise, music = DEMO / "noise", DEMO / "music"
+    return {
+        "speech": speech,
+        "noise": corpora.find([str(noise)], "noise", noise),
+        "music": corpora.find([str(music)], "music", music),
+    }
+
+
+@pytest.fixture(scope="session")
+def settings():
+    return mixing.Settings(segment=1.5)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory, recordings, settings):
+    """A store of SIZE examples; do not write in it."""
+    folder = tmp_path_factory.mktemp("store") / f"size={SIZE}"
+    downloader.prepare(folder, settings, recordings, SIZE, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def network():
+    """A network whose weights, running averages included, are far from where they start."""
+    torch.manual_seed(0)
+    network = model.Network(model.Config()).eval()
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor += 0.05 * torch.randn_like(tensor).abs()
+    return network
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, network):
+    path = tmp_path_factory.mktemp("checkpoint") / "random.pt"
+    model.save(path, network)
+    return path
+
+
+@pytest.fixture
+def script():
+    """Run one of the scripts as its user would; returns the finished process."""
+
+    def call(*arguments, cwd=ROOT, **options):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+    return call
