@@ -1,0 +1,242 @@
+"""Fetch corpora, mix them with all cores and write the examples that `main.py` trains on; once per machine."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import corpora
+import dataset
+import fetch
+import mixing
+from encoder import SpeakerEncoder
+from model import Config
+from utils import POSITIVE, ROOT, UserError, option, parse, require, run, whole
+
+BLOCK = 16  # examples that a worker makes at once
+VALIDATION_SHARE = 0.05  # validation examples beside the training examples
+MIN_VALIDATION = 16
+EXAMPLES_PER_SECOND = 15  # of one core, for the forecast; see benchmarks/README.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(mixing.Settings):
+    size: int = option(10000, "number of training examples")
+    speech: list[str] = option(corpora.defaults("speech"), "corpora of --list, or folders with a folder per speaker")
+    noise: list[str] = option(corpora.defaults("noise"), "corpora of --list, or folders of recordings; or none")
+    music: list[str] = option(corpora.defaults("music"), "corpora of --list, or folders of recordings; or none")
+    rooms: list[str] = option(["none"], "corpora of --list, or folders of impulse responses with a folder per room")
+    where: str = option("", "keep only speakers that fit, for instance 'gender=f age<16'")
+    n_fft: int = option(Config.n_fft, "length of the STFT's window in samples")
+    hop: int = option(Config.hop, "hop of the STFT in samples")
+    workers: int = option(os.cpu_count(), "number of processes")
+    mirror: str | None = option(None, "folder or URL that holds the corpora's archives, instead of the internet")
+    datasets: str = option(str(ROOT / "datasets"), "folder for corpora and examples")
+    list: bool = option(False, "show the corpora that can be fetched, and end")
+    list_speakers: bool = option(False, "show the speakers by region, gender and age, and end")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, POSITIVE, "size", "workers", "hop")
+        Config(n_fft=self.n_fft, hop=self.hop)
+
+
+def main(argv):
+    options = parse(Options, argv, __doc__)
+    if options.list:
+        print(corpora.listing())
+        return
+    root = Path(options.datasets)
+    kinds = ("speech",) if options.list_speakers else corpora.KINDS
+    named = {kind: getattr(options, kind) for kind in kinds}
+    named = {kind: names for kind, names in named.items() if kind == "speech" or names != ["none"]}
+    folder = root / "preprocessed" / f"size={options.size}"
+    if not options.list_speakers:
+        forecast(options, folder, wanted(named))
+    for corpus in wanted(named):
+        fetch.fetch(corpus, root, options.mirror)
+    recordings = {kind: corpora.find(names, kind, root) for kind, names in named.items()}
+    recordings["speech"] = corpora.select(recordings["speech"], options.where)
+    if options.list_speakers:
+        print(corpora.speaker_table(recordings["speech"]))
+        return
+    prepare(folder, options, recordings, options.size, options.workers, options.n_fft, options.hop)
+    print(f"{folder}: {options.size} examples; train with: python3 main.py")
+
+
+def wanted(named):
+    """The table's corpora among the names of each kind; folders are none."""
+    return [c for kind, names in named.items() for c in corpora.CORPORA if kind in c.kinds and c.name in names]
+
+
+def forecast(options, folder, fetched):
+    """Print what it will take; raise `UserError` where the disk is too small."""
+    config = dataclasses.replace(Config(), n_fft=options.n_fft, hop=options.hop)
+    frames = config.stft.frames(options.samples)
+    total = options.size + validation_size(options.size)
+    spectra = total * len(mixing.PARTS) * config.stft.n_freq * frames * 4
+    corpora_bytes = fetch.disk_needed(fetched, options.datasets)
+    minutes = total * options.segment / 3 / EXAMPLES_PER_SECOND / options.workers / 60
+    print(
+        f"{total} examples of {options.segment:g} s in {folder}: {spectra / 1e9:.1f} GB, about {minutes:.0f} min "
+        f"on {options.workers} cores; corpora to fetch and unpack: {corpora_bytes / 1e9:.1f} GB"
+    )
+    needed = corpora_bytes + spectra - sum(path.stat().st_size for path in folder.glob("*/*/spectra.npy"))
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{existing}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; free some or lower --size"
+        )
+
+
+def validation_size(size):
+    return max(MIN_VALIDATION, round(size * VALIDATION_SHARE))
+
+
+def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop=Config.hop):
+    """Write the store of `size` training examples, and validation examples of other speakers, to `folder`.
+
+    `settings` are `mixing.Settings`, `recordings` lists of `corpora.Recording` by kind. What is there already is
+    kept, so a broken run goes on. Raises `UserError` where the folder holds examples with other settings.
+    """
+    counts = {"train": size, "validation": validation_size(size)}
+    begin(folder, store_settings(settings, recordings, counts, n_fft, hop))
+    splits = split(recordings)
+    total = sum(counts.values())
+    missing = {
+        name: [n for n in range(-(-count // dataset.SHARD)) if not (folder / name / f"{n:05d}").exists()]
+        for name, count in counts.items()
+    }
+    mixers = {name: mixing.Mixer(mixing_settings(settings), **recordings) for name, recordings in splits.items()}
+    blocks = [
+        (name, start, min(start + BLOCK, (n + 1) * dataset.SHARD, counts[name]))
+        for name in dataset.SPLITS
+        for n in missing[name]
+        for start in range(n * dataset.SHARD, min((n + 1) * dataset.SHARD, counts[name]), BLOCK)
+    ]
+    to_do = sum(end - start for _, start, end in blocks)
+    executor = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), start_worker, (mixers, Config(n_fft=n_fft, hop=hop))
+    )
+    with tqdm(total=total, initial=total - to_do, unit="example", smoothing=0.05) as bar:
+        try:
+            made = executor.map(make_block, blocks)
+            for name in dataset.SPLITS:
+                for n in missing[name]:
+                    expected = min((n + 1) * dataset.SHARD, counts[name]) - n * dataset.SHARD
+                    dataset.write_shard(folder / name / f"{n:05d}", take(made, expected, bar))
+        except concurrent.futures.BrokenExecutor as error:
+            raise UserError(
+                f"{folder}: a worker process was ended, perhaps for want of memory; run it again with fewer --workers"
+            ) from error
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def take(made, expected, bar):
+    """Yield `expected` examples from the blocks that workers made."""
+    while expected:
+        for example in next(made):
+            yield example
+            expected -= 1
+            bar.update()
+
+
+def split(recordings):
+    """Recordings by kind to those for training and for validation: other speakers, other noise and music."""
+    train, validation = corpora.split_speakers(recordings["speech"])
+    splits = {"train": {"speech": train}, "validation": {"speech": validation}}
+    for kind in ("noise", "music", "rooms"):
+        every = recordings.get(kind, [])
+        held_out = [r for r in every if corpora.is_held_out(r)]
+        splits["train"][kind] = [r for r in every if not corpora.is_held_out(r)] or every
+        splits["validation"][kind] = held_out or every
+    return splits
+
+
+def mixing_settings(settings):
+    return mixing.Settings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(mixing.Settings)})
+
+
+def store_settings(settings, recordings, counts, n_fft, hop):
+    """Everything that decides about a store's bytes, for its settings.json."""
+    digest = hashlib.sha256()
+    for kind in sorted(recordings):
+        for r in recordings[kind]:
+            digest.update(f"{kind} {r.speaker} {r.path.name} {r.seconds:.3f}\n".encode())
+    return {
+        **dataclasses.asdict(mixing_settings(settings)),
+        "samples": settings.samples,
+        "sample_rate": Config.sample_rate,
+        "n_fft": n_fft,
+        "hop": hop,
+        "reference_seconds": list(mixing.REFERENCE_SECONDS),
+        "examples": counts,
+        "recordings": {kind: len(found) for kind, found in sorted(recordings.items())},
+        "recordings_sha256": digest.hexdigest(),
+    }
+
+
+def begin(folder, settings):
+    """Write settings.json, or check that the one there is the same."""
+    if (folder / "settings.json").exists():
+        before = dataset.read_settings(folder)
+        now = json.loads(json.dumps(settings))
+        differing = [
+            f"{k} {before.get(k)} there, {now.get(k)} now"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
+        if differing:
+            raise UserError(
+                f"{folder}: made with other settings ({'; '.join(differing)}); remove it or choose another --size"
+            )
+    else:
+        with whole(folder / "settings.json") as partial:
+            partial.write_text(json.dumps(settings, indent=1))
+
+
+def start_worker(mixers, config):
+    """Keep what `make_block` needs in this process."""
+    global worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    torch.set_num_threads(1)
+    worker = Worker(mixers, config, SpeakerEncoder())
+
+
+@dataclass
+class Worker:
+    mixers: dict
+    config: Config
+    encoder: SpeakerEncoder
+
+
+def make_block(block):
+    """Make the examples of one block: a list of (spectra, dvectors, row), see `dataset`."""
+    name, start, end = block
+    mixer = worker.mixers[name]
+    examples = []
+    for n in range(start, end):
+        plan = mixer.draw(np.random.default_rng([mixer.settings.seed, dataset.SPLITS.index(name), n]))
+        examples.append(mixing.render(plan, mixer.settings, mixer.rooms))
+    parts = torch.from_numpy(np.stack([example.parts for example in examples]))
+    spectra = worker.config.stft.spectrum(parts.reshape(-1, parts.shape[-1]))
+    spectra = torch.view_as_real(spectra).half().numpy().reshape(*parts.shape[:2], *spectra.shape[1:], 2)
+    lengths = [round(seconds * worker.config.sample_rate) for seconds in mixing.REFERENCE_SECONDS]
+    dvectors = worker.encoder.prefix_dvectors([example.reference for example in examples], lengths).numpy()
+    return list(zip(spectra, dvectors, (example.row for example in examples), strict=True))
+
+
+if __name__ == "__main__":
+    run(main)

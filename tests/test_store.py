@@ -1,0 +1,228 @@
+"""downloader.py and dataset.py: the same bytes whatever the workers, whole shards only, remixing that never repeats."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, SIZE
+
+import dataset
+import downloader
+import mixing
+import model
+from encoder import SpeakerEncoder
+from utils import ROOT, UserError
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small_shards(tmp_path_factory):
+    """A copy of the scripts that writes shards of 8, so that a small store has several; returns its folder."""
+    folder = tmp_path_factory.mktemp("scripts")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    source = (folder / "dataset.py").read_text()
+    assert "\nSHARD = 256\n" in source
+    (folder / "dataset.py").write_text(source.replace("\nSHARD = 256\n", "\nSHARD = 16\n"))
+    return folder
+
+
+def command(folder, datasets, *more):
+    arguments = ["--speech", DEMO / "voices", "--noise", DEMO / "noise", "--music", DEMO / "music"]
+    arguments += ["--datasets", datasets, "--segment", 1, "--size", 48, *more]
+    return [sys.executable, str(folder / "downloader.py"), *map(str, arguments)]
+
+
+def test_the_mixture_is_the_sum_and_the_stored_parts_are_the_rendered_ones(store, recordings, settings):
+    examples = dataset.Examples(store, "train")
+    assert len(examples) == SIZE
+    mixer = mixing.Mixer(settings, **downloader.split(recordings)["train"])
+    for n in (0, 17, SIZE - 1):
+        plan = mixer.draw(np.random.default_rng([settings.seed, 0, n]))
+        example = mixing.render(plan, settings)
+        batch = examples[n]
+        signals = examples.stft.samples(torch.cat([batch.mixture, batch.target]), settings.samples).numpy()
+        assert np.abs(signals[0] - example.parts.sum(0)).max() < 1e-3 * np.abs(example.parts.sum(0)).max() + 1e-5
+        assert np.abs(signals[1] - example.parts[0]).max() < 1e-3 * np.abs(example.parts).max() + 1e-5
+        assert batch.absent.item() == example.row["absent"]
+        dvector = SpeakerEncoder().dvectors([example.reference])
+        torch.testing.assert_close(batch.dvector, dvector, atol=1e-4, rtol=0)
+
+
+def test_train_and_validation_share_no_speaker_and_no_noise(store):
+    train, validation = (dataset.Examples(store, split) for split in dataset.SPLITS)
+    assert len(validation) == downloader.validation_size(SIZE)
+
+    def speakers(examples):
+        rows = examples.index
+        return {r["target"]["speaker"] for r in rows} | {v["speaker"] for r in rows for v in r["interferers"]}
+
+    def noises(examples):
+        return {(piece["speaker"], piece["file"]) for row in examples.index for piece in row["noise"]}
+
+    assert not speakers(train) & speakers(validation)
+    assert noises(train)
+    assert not noises(train) & noises(validation)
+
+
+def test_the_index_has_no_paths_and_the_store_can_be_moved(store, tmp_path):
+    moved = tmp_path / "elsewhere" / "size=40"
+    shutil.copytree(store, moved)
+    before, after = dataset.Examples(store, "train")[3], dataset.Examples(moved, "train")[3]
+    assert torch.equal(before.mixture, after.mixture)
+    text = "".join(path.read_text() for path in store.rglob("*.json"))
+    assert str(ROOT) not in text
+    assert str(ROOT.parent) not in text
+
+
+def test_remixing_never_repeats_and_never_mixes_a_speaker_with_himself(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    recipes = {}
+    for epoch in (0, 1):
+        examples.epoch = epoch
+        recipes[epoch] = [examples.recipe(n) for n in range(len(examples))]
+        for n, recipe in enumerate(recipes[epoch]):
+            speaker = examples.index[n]["target"]["speaker"]
+            donor = examples.index[recipe.interference]
+            voices = [v["speaker"] for v in donor["interferers"]] if recipe.part else [donor["target"]["speaker"]]
+            silent = recipe.part == 0 and donor["absent"]
+            assert silent or speaker not in voices
+    assert recipes[0] != recipes[1]
+    examples.epoch = 0
+    assert [examples.recipe(n) for n in range(len(examples))] == recipes[0]
+
+
+def test_remixed_parts_have_ratios_in_the_stated_range(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    checked = 0
+    for n in range(len(examples)):
+        recipe = examples.recipe(n)
+        target, other = examples.powers[n, 0], examples.powers[recipe.interference, recipe.part]
+        if target > 0 and other > 0:
+            ratio = 10 * np.log10(target / (other * recipe.gains[1] ** 2))
+            assert -5.001 <= ratio <= 5.001
+            checked += 1
+    assert checked > SIZE / 2
+
+
+def test_a_batch_is_its_items(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    batch = examples.__getitems__([4, 9, 2])
+    for position, n in enumerate((4, 9, 2)):
+        assert torch.equal(batch.mixture[position], examples[n].mixture[0])
+        assert torch.equal(batch.dvector[position], examples[n].dvector[0])
+
+
+def test_examples_held_on_a_device_are_the_same(store):
+    mapped = dataset.Examples(store, "train", remix=True)
+    held = dataset.Examples(store, "train", remix=True, device=torch.device("cpu"))
+    one, other = mapped.__getitems__([1, 5]), held.__getitems__([1, 5])
+    assert torch.equal(one.mixture, other.mixture)
+    assert torch.equal(one.target, other.target)
+
+
+def test_the_store_is_not_read_into_memory(store):
+    examples = dataset.Examples(store, "train")
+    assert all(isinstance(shard, np.memmap) for shard in examples.shards)
+    assert all(shard.dtype == np.float16 for shard in examples.shards)
+
+
+def test_workers_make_no_difference_and_a_killed_run_goes_on(small_shards, tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run(command(small_shards, alone, "--workers", 1), check=True, capture_output=True)
+    whole = contents(alone)
+    assert len([name for name in whole if name.endswith("spectra.npy")]) == 4
+
+    # one kill as soon as the first shard is there, one while the next is being made
+    shards = killed / "preprocessed" / "size=48" / "train"
+    for expected in (1, 2):
+        process = subprocess.Popen(
+            command(small_shards, killed, "--workers", 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while len(list(shards.glob("0*"))) < expected and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for shard in shards.glob("0*"):  # only whole ones
+            relative = str(shard.relative_to(killed))
+            assert (shard / "spectra.npy").read_bytes() == whole[f"{relative}/spectra.npy"]
+    done = subprocess.run(command(small_shards, killed, "--workers", 4), check=True, capture_output=True, text=True)
+    assert "48 examples" in done.stdout
+    again = {name: data for name, data in contents(killed).items() if "/." not in name}
+    assert again == whole
+
+
+def test_other_settings_are_refused_with_what_differs(store, recordings, settings, script):
+    other = mixing.Settings(segment=1.5, seed=7)
+    with pytest.raises(UserError, match=r"seed 0 there, 7 now"):
+        downloader.prepare(store, other, recordings, SIZE, workers=1)
+    with pytest.raises(UserError, match=r"n_fft 512 there, 320 now"):
+        downloader.prepare(store, settings, recordings, SIZE, workers=1, n_fft=320, hop=160)
+
+
+def test_a_model_with_another_stft_is_refused(store):
+    with pytest.raises(UserError, match="n_fft=512, the model 320"):
+        dataset.check_model(dataset.read_settings(store), model.Config(n_fft=320, hop=160))
+
+
+def test_an_unfinished_store_is_a_clear_error(store, tmp_path):
+    shutil.copytree(store, tmp_path / "size=40")
+    shutil.rmtree(tmp_path / "size=40" / "train" / "00000")
+    with pytest.raises(UserError, match="00000: missing; finish the store"):
+        dataset.Examples(tmp_path / "size=40", "train")
+    with pytest.raises(UserError, match="no examples here"):
+        dataset.Examples(tmp_path, "train")
+
+
+def test_settings_are_whole(store):
+    settings = json.loads((store / "settings.json").read_text())
+    assert settings["segment"] == 1.5
+    assert settings["examples"] == {"train": SIZE, "validation": downloader.validation_size(SIZE)}
+    assert settings["samples"] == 24000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speech", "no-such-folder"], "no-such-folder: neither a folder nor a corpus"),
+        (["--where", "height>3"], "no condition"),
+        (["--size", 2000000000], "GB needed"),
+        (["--segment", 0], "--segment"),
+        (["--size", 0], "--size"),
+        (["--workers", 0], "--workers"),
+        (["--sir-db", 5, -5], "--sir-db"),
+        (["--absent", 2], "--absent"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path, arguments, message):
+    speech = [] if "--speech" in arguments else ["--speech", DEMO / "voices"]
+    done = script("downloader.py", *speech, "--noise", "none", "--music", "none", "--datasets", tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("spectra.npy"))
+
+
+def test_list_and_list_speakers(script, tmp_path):
+    listed = script("downloader.py", "--list")
+    assert listed.returncode == 0
+    for name in ("LibriSpeech/dev-clean", "VCTK", "speechocean762", "DEMAND", "ESC-50", "RIRS_NOISES", "MUSAN"):
+        assert name in listed.stdout
+    speakers = script("downloader.py", "--list-speakers", "--speech", DEMO / "voices", "--datasets", tmp_path)
+    assert speakers.returncode == 0
+    assert "24" in speakers.stdout
