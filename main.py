@@ -1,0 +1,310 @@
+"""Train the extractor on the examples that `downloader.py` made; started again, it goes on where it stopped."""
+
+import dataclasses
+import math
+import re
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import dataset
+import model
+from metrics import attenuation_db, si_sdr, spectral_distance
+from utils import POSITIVE, ROOT, SHARE, UserError, option, parse, require, run
+
+MAX_SI_SDR = 30.0  # dB; a better estimate is not pushed further, or clean targets would rule the gradient
+GPU_SHARE = 0.5  # of the GPU's free memory that the examples may take
+SHOWN = 3  # validation examples that TensorBoard shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(model.Config):
+    data: str | None = option(None, "folder with examples (default: the largest in datasets/preprocessed)")
+    output: str = option(str(ROOT / "models" / "extractor"), "folder for checkpoints; training goes on from the newest")
+    logs: str = option(str(ROOT / "runs"), "folder for TensorBoard's logs")
+    steps: int = option(50000, "length of the learning rate's schedule; training ends there, a larger one extends it")
+    minutes: float | None = option(None, "stop after this time")
+    epochs: int | None = option(None, "stop after this many epochs")
+    batch_size: int = option(8, "examples a step")
+    learning_rate: float = option(1.5e-3, "highest learning rate")
+    warmup: int = option(200, "steps in which the learning rate rises")
+    decay: float = option(0.3, "share of the schedule, at its end, in which the learning rate falls to zero")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    spectral_weight: float = option(3.0, "weight of the spectral term beside the SI-SDR in dB")
+    absent_weight: float = option(0.2, "weight of a dB of attenuation where the target is absent")
+    clip: float = option(5.0, "largest norm of the gradient")
+    every: int = option(500, "steps between checkpoints, each with a validation")
+    keep: int = option(3, "newest checkpoints to keep beside the best")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+    bf16: bool = option(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), "bfloat16 autocast")
+    compile: bool = option(
+        shutil.which("g++") is not None, "compile the network first, a minute that long runs win back"
+    )
+    threads: int = option(torch.get_num_threads(), "threads on the CPU")
+    loaders: int = option(2 if torch.cuda.is_available() else 0, "processes that load examples; 0: in the main process")
+    seed: int = option(0, "seed of the weights, the order and the remixing")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, POSITIVE, "steps", "minutes", "epochs", "batch_size", "learning_rate", "every", "keep", "threads")
+        require(self, SHARE, "decay")
+
+
+def main(argv):
+    options = parse(Options, argv, __doc__)
+    torch.set_num_threads(options.threads)
+    folder = options.data or next(iter(dataset.stores()), dataset.PREPROCESSED)
+    trainer = Trainer(options, Path(folder))
+    trainer.resume()
+    trainer.train()
+
+
+class Trainer:
+    """The state of a training: network, optimizer, where it stands, and the examples."""
+
+    def __init__(self, options, folder):
+        self.options, self.device = options, torch.device(options.device)
+        config = model.Config(**{f.name: getattr(options, f.name) for f in dataclasses.fields(model.Config)})
+        dataset.check_model(dataset.read_settings(folder), config)
+        held = self.device if self.fits(folder) else None
+        self.examples = dataset.Examples(folder, "train", remix=True, seed=options.seed, device=held)
+        self.validation = dataset.Examples(folder, "validation", device=held)
+        if len(self.examples) < options.batch_size:
+            raise UserError(f"{folder}: {len(self.examples)} examples; lower --batch-size to as many")
+        torch.manual_seed(options.seed)
+        self.network = model.Network(config).to(self.device)
+        self.network.standardise(self.examples.dvectors[:, -1])
+        if options.compile:
+            self.network.mask = torch.compile(self.network.mask)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=options.weight_decay)
+        self.step = 0
+        self.best = -math.inf
+        self.curve = []  # a row for every validation
+        self.seconds = 0.0  # of training so far
+        self.stopping = False
+
+    def fits(self, folder):
+        """Whether all spectra may be held in the GPU's memory."""
+        if self.device.type != "cuda":
+            return False
+        needed = sum(dataset.Examples.bytes(folder, split) for split in dataset.SPLITS)
+        return needed < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
+
+    @property
+    def steps_per_epoch(self):
+        return len(self.examples) // self.options.batch_size
+
+    def learning_rate(self):
+        """Warm-up, constant, then a linear fall to zero at the end; a function of the step alone."""
+        options = self.options
+        rise = (self.step + 1) / max(options.warmup, 1)
+        fall = (options.steps - self.step) / max(options.decay * options.steps, 1)
+        return options.learning_rate * max(0.0, min(1.0, rise, fall))
+
+    def batches(self, epoch, start):
+        """The batches of an epoch from number `start` on; the order depends on the seed and the epoch alone."""
+        self.examples.epoch = epoch
+        order = np.random.default_rng([self.options.seed, epoch]).permutation(len(self.examples))
+        size = self.options.batch_size
+        chosen = [order[n * size : (n + 1) * size].tolist() for n in range(start, self.steps_per_epoch)]
+        return self.load(self.examples, chosen)
+
+    def load(self, examples, chosen):
+        """A loader of the batches of item numbers `chosen`, onto the device without waiting."""
+        on_device = examples.device is not None
+        loader = torch.utils.data.DataLoader(
+            examples,
+            batch_sampler=chosen,
+            collate_fn=as_it_is,
+            num_workers=0 if on_device else self.options.loaders,
+            pin_memory=self.device.type == "cuda" and not on_device,
+        )
+        return (batch.to(self.device) for batch in loader)
+
+    def estimate(self, batch):
+        """The estimate's spectrum, with autocast where it is wanted."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            return self.network(batch.mixture, batch.dvector)[0]
+
+    def waveforms(self, *spectra):
+        return [self.examples.stft.samples(spectrum, self.examples.samples) for spectrum in spectra]
+
+    def loss(self, batch, estimate):
+        """The loss, a scalar, and the SI-SDR in dB of each example, NaN where the target is absent."""
+        estimated, target, mixture = self.waveforms(estimate, batch.target, batch.mixture)
+        ratio = si_sdr(estimated, target)
+        silence = attenuation_db(estimated, mixture, eps=1e-4 * mixture.square().sum(-1) + 1e-8)
+        waveform = torch.where(batch.absent, -self.options.absent_weight * silence, -ratio.clamp(max=MAX_SI_SDR))
+        spectral = spectral_distance(estimate, batch.target, batch.mixture)
+        loss = (waveform + self.options.spectral_weight * spectral).mean()
+        return loss, ratio.detach().masked_fill(batch.absent, torch.nan)
+
+    def train(self):
+        """Train until the schedule, the time or the epochs end, or Ctrl-C; saves a checkpoint in every case."""
+        options = self.options
+        writer = SummaryWriter(options.logs, purge_step=self.step)
+        before = signal.signal(signal.SIGINT, self.stop)
+        began, earlier = time.monotonic(), self.seconds
+        last = options.steps if options.epochs is None else min(options.steps, options.epochs * self.steps_per_epoch)
+        bar = tqdm(total=last * options.batch_size, initial=self.step * options.batch_size, unit="example")
+        try:
+            while self.step < last and not self.stopping:
+                epoch, start = divmod(self.step, self.steps_per_epoch)
+                for batch in self.batches(epoch, start):
+                    loss, ratio = self.update(batch)
+                    self.seconds = earlier + time.monotonic() - began
+                    bar.update(options.batch_size)
+                    bar.set_postfix(epoch=epoch, loss=f"{loss:.2f}", si_sdr=f"{ratio:.1f} dB")
+                    writer.add_scalar("train/loss", loss, self.step)
+                    writer.add_scalar("train/si_sdr", ratio, self.step)
+                    writer.add_scalar("train/learning_rate", self.learning_rate(), self.step)
+                    timed_out = options.minutes is not None and time.monotonic() - began > options.minutes * 60
+                    self.stopping = self.stopping or timed_out or self.step >= last
+                    if self.step % options.every == 0 or self.stopping:
+                        self.validate(writer, bar)
+                        self.seconds = earlier + time.monotonic() - began
+                        self.save()
+                    if self.stopping:
+                        break
+        finally:
+            bar.close()
+            writer.close()
+            signal.signal(signal.SIGINT, before)
+        print(f"{self.path()}: step {self.step} of {options.steps}, best validation improvement {self.best:.2f} dB")
+        if self.step < options.steps:
+            print("go on with the same command")
+
+    def stop(self, *_):
+        """Ctrl-C: end after this step."""
+        self.stopping = True
+
+    def update(self, batch):
+        """One step; returns its loss and SI-SDR in dB. Raises `UserError`, its batch saved, if they are not finite."""
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss, ratio = self.loss(batch, self.estimate(batch))
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            path = Path(self.options.output) / f"not-finite_step-{self.step}.pt"
+            model.save(path, self.network, batch=vars(batch))
+            raise UserError(
+                f"{path}: the loss or its gradient is not finite here; start again with a lower --learning-rate"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return loss.item(), ratio.nanmean().item()
+
+    @torch.no_grad()
+    def validate(self, writer, bar):
+        """Score the whole validation set, remember the best, and show some of it in TensorBoard."""
+        self.network.eval()
+        size = self.options.batch_size
+        chosen = [list(range(n, min(n + size, len(self.validation)))) for n in range(0, len(self.validation), size)]
+        losses, improvements, silences = [], [], []
+        for number, batch in enumerate(self.load(self.validation, chosen)):
+            estimate = self.estimate(batch)
+            loss, ratio = self.loss(batch, estimate)
+            waves = self.waveforms(batch.mixture, batch.target, estimate)
+            mixture, target, estimated = waves
+            losses.append(loss.item())
+            improvements.append((ratio - si_sdr(mixture, target))[~batch.absent])
+            silences.append(attenuation_db(estimated, mixture)[batch.absent])
+            if number == 0:
+                self.show(writer, waves)
+        row = {
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "loss": float(np.mean(losses)),
+            "si_sdr_improvement": torch.cat(improvements).mean().item(),
+            "absent_attenuation": torch.cat(silences).median().item() if any(map(len, silences)) else None,
+        }
+        self.curve.append(row)
+        for name, value in row.items():
+            if value is not None:
+                writer.add_scalar(f"validation/{name}", value, self.step)
+        bar.write(
+            f"step {self.step}, {row['minutes']} min: validation SI-SDR improvement {row['si_sdr_improvement']:.2f} dB"
+        )
+        if row["si_sdr_improvement"] > self.best:
+            self.best = row["si_sdr_improvement"]
+            model.save(Path(self.options.output) / "best.pt", self.network, step=self.step, curve=self.curve)
+
+    def show(self, writer, waves):
+        """Pictures and sound of the first validation examples for TensorBoard."""
+        for name, wave in zip(("mixture", "target", "estimate"), waves, strict=True):
+            decibels = 20 * torch.log10(self.examples.stft.spectrum(wave).abs().flip(1) + 1e-6)
+            for n in range(min(SHOWN, len(wave))):
+                writer.add_image(f"{n}/{name}", (decibels[n, None] / 80 + 0.5).clamp(0, 1), self.step)
+                sound = wave[n] / wave[n].abs().max().clamp(min=1e-6)
+                writer.add_audio(f"{n}/{name}", sound, self.step, sample_rate=self.network.config.sample_rate)
+
+    def path(self):
+        epoch, batch = divmod(self.step, self.steps_per_epoch)
+        return Path(self.options.output) / f"extractor_epoch-{epoch}_batch-{batch}.pt"
+
+    def save(self):
+        """Write the checkpoint of this step and remove old ones."""
+        model.save(
+            self.path(),
+            self.network,
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            seconds=self.seconds,
+            best=self.best,
+            curve=self.curve,
+            random_state=torch.get_rng_state(),
+            options=asdict(self.options),
+        )
+        for path in checkpoints(self.options.output)[self.options.keep :]:
+            path.unlink()
+
+    def resume(self):
+        """Go on from the newest whole checkpoint, if there is one; a broken one is passed over with a warning."""
+        for path in checkpoints(self.options.output):
+            try:
+                network, saved = model.load(path, self.device)
+            except UserError as error:
+                print(f"warning: {error}; trying the one before")
+                continue
+            if network.config != self.network.config:
+                before, now = asdict(network.config), asdict(self.network.config)
+                differing = ", ".join(f"{k} {before[k]} there, {now[k]} now" for k in now if before[k] != now[k])
+                raise UserError(
+                    f"{path}: another model ({differing}); choose another --output or remove the checkpoints"
+                )
+            self.network.load_state_dict(saved["weights"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.best, self.curve = saved["step"], saved["best"], saved["curve"]
+            self.seconds = saved["seconds"]
+            torch.set_rng_state(saved["random_state"].cpu())
+            print(f"{path}: going on from step {self.step}")
+            return
+
+
+def as_it_is(batch):
+    """For the loader: `dataset.Examples` makes whole batches by itself."""
+    return batch
+
+
+def checkpoints(folder):
+    """The checkpoints in a folder, newest first."""
+    found = []
+    for path in Path(folder).glob("extractor_epoch-*_batch-*.pt"):
+        match = re.fullmatch(r"extractor_epoch-(\d+)_batch-(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match[1]), int(match[2]), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,274 @@
+"""Training: it learns, it goes on as if it had never stopped, and nothing is lost."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dataset
+import main
+import model
+from utils import ROOT, UserError
+
+SMALL = {"channels": [8, 8, 8], "dilations": [1, 2], "hidden": 8}
+SMALL_ARGUMENTS = ["--channels", 8, 8, 8, "--dilations", 1, 2, "--hidden", 8]
+
+
+@pytest.fixture
+def options(tmp_path, store):
+    """Options of a small, fast, exact training."""
+    return main.Options(
+        data=str(store),
+        output=str(tmp_path / "extractor"),
+        logs=str(tmp_path / "runs"),
+        steps=7,
+        every=3,
+        batch_size=4,
+        warmup=2,
+        device="cpu",
+        bf16=False,
+        compile=False,
+        threads=1,
+        loaders=0,
+        **SMALL,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(options, stop_at=None):
+    """Train in this process, up to `stop_at` as if Ctrl-C came then; returns the trainer."""
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    trainer.resume()
+    if stop_at is not None:
+        update = trainer.update
+
+        def update_and_stop(batch):
+            result = update(batch)
+            if trainer.step == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        trainer.update = update_and_stop
+    trainer.train()
+    return trainer
+
+
+def weights(trainer_or_path):
+    if isinstance(trainer_or_path, main.Trainer):
+        return trainer_or_path.network.state_dict()
+    return torch.load(trainer_or_path, weights_only=True)["weights"]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def arguments(options, **changes):
+    """The command line of main.py for these options."""
+    command = [sys.executable, str(ROOT / "main.py")]
+    for name, value in dataclasses.asdict(dataclasses.replace(options, **changes)).items():
+        if name in ("sample_rate", "dvector_size") or value is None:
+            continue
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return command
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 12])
+def test_it_goes_on_as_if_it_had_never_stopped(options, tmp_path, stop_at):
+    options = dataclasses.replace(options, steps=14)  # more than the 10 steps of an epoch
+    straight = trained(options)
+    assert straight.step == 14
+    again = dataclasses.replace(options, output=str(tmp_path / "again"))
+    stopped = trained(again, stop_at)
+    assert stopped.step == stop_at
+    resumed = trained(again)
+    assert resumed.step == 14
+    assert_same(weights(straight), weights(resumed))
+    one, other = straight.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(torch.equal(one[n]["exp_avg_sq"], other[n]["exp_avg_sq"]) for n in one)
+    assert [row["si_sdr_improvement"] for row in straight.curve if row["step"] == 14] == [
+        row["si_sdr_improvement"] for row in resumed.curve if row["step"] == 14
+    ]
+
+
+def test_a_killed_training_goes_on(options, tmp_path):
+    options = dataclasses.replace(options, steps=12, every=2)
+    straight = trained(options)
+    killed = dataclasses.replace(options, output=str(tmp_path / "killed"))
+    for count in (1, 2):
+        process = subprocess.Popen(arguments(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(main.checkpoints(killed.output)) < count and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert main.checkpoints(killed.output)
+    resumed = trained(killed)
+    assert resumed.step == 12
+    assert_same(weights(straight), weights(resumed))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(options):
+    process = subprocess.Popen(
+        arguments(options, steps=100000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not main.checkpoints(options.output) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "go on with the same command" in printed
+    newest = main.checkpoints(options.output)[0]
+    assert str(newest) in printed
+    assert torch.load(newest, weights_only=True)["step"] >= 3
+
+
+def test_checkpoints_have_the_names_and_the_best_is_kept(options):
+    trainer = trained(dataclasses.replace(options, steps=14, every=2, keep=3))
+    names = [path.name for path in main.checkpoints(options.output)]
+    assert names == ["extractor_epoch-1_batch-4.pt", "extractor_epoch-1_batch-2.pt", "extractor_epoch-1_batch-0.pt"]
+    best = torch.load(os.path.join(options.output, "best.pt"), weights_only=True)
+    improvements = {row["step"]: row["si_sdr_improvement"] for row in trainer.curve}
+    assert len(improvements) == 7
+    assert improvements[best["step"]] == max(improvements.values()) == trainer.best
+    assert "optimizer" not in best
+
+
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(options, capsys):
+    trained(options, stop_at=5)
+    newest, before = main.checkpoints(options.output)[:2]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    trainer.resume()
+    printed = capsys.readouterr().out
+    assert f"warning: {newest}: not a whole checkpoint" in printed
+    assert f"{before}: going on from step 3" in printed
+    assert trainer.step == 3
+
+
+def test_another_model_is_refused(options):
+    trained(options, stop_at=1)
+    other = dataclasses.replace(options, hidden=12)
+    trainer = main.Trainer(other, dataset.Path(options.data))
+    with pytest.raises(UserError, match="hidden 8 there, 12 now"):
+        trainer.resume()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(options):
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    before = {name: tensor.clone() for name, tensor in trainer.network.named_parameters()}
+    batch = next(iter(trainer.batches(0, 0)))
+    batch.mixture[0, 3, 3] = torch.nan
+    with pytest.raises(UserError, match=r"not-finite_step-0\.pt: .* lower --learning-rate"):
+        trainer.update(batch)
+    saved = torch.load(os.path.join(options.output, "not-finite_step-0.pt"), weights_only=True)
+    assert torch.isnan(torch.view_as_real(saved["batch"]["mixture"])).any()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.network.named_parameters())
+
+
+def test_the_schedule_depends_on_the_step_alone_and_can_be_extended(options):
+    trainer = main.Trainer(dataclasses.replace(options, steps=100, warmup=10, decay=0.2), dataset.Path(options.data))
+
+    def rate(step):
+        trainer.step = step
+        return trainer.learning_rate()
+
+    peak = options.learning_rate
+    assert rate(0) == pytest.approx(peak / 10)
+    assert rate(9) == rate(50) == rate(80) == pytest.approx(peak)
+    assert rate(90) == pytest.approx(peak / 2)
+    assert rate(99) == pytest.approx(peak / 20)
+    trainer.options = dataclasses.replace(trainer.options, steps=1000)
+    assert rate(99) == pytest.approx(peak)
+
+
+def test_it_learns(options):
+    options = dataclasses.replace(options, steps=60, every=60, learning_rate=3e-3, batch_size=8)
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    batch = next(iter(trainer.batches(0, 0)))
+    losses = [trainer.update(batch)[0] for _ in range(40)]
+    assert losses[-1] < losses[0] - 3
+
+
+def test_silence_is_right_where_the_target_is_absent(options):
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    absent = [n for n, row in enumerate(trainer.examples.index) if row["absent"]] or [0]
+    batch = trainer.examples[absent[0]]
+    batch.absent[:], batch.target[:] = True, 0
+    loud, _ = trainer.loss(batch, batch.mixture)
+    quiet, ratio = trainer.loss(batch, 0.01 * batch.mixture)
+    assert quiet < loud - 3
+    assert torch.isnan(ratio).all()
+    estimate = (0.5 * batch.mixture).requires_grad_()
+    trainer.loss(batch, estimate)[0].backward()
+    assert torch.isfinite(torch.view_as_real(estimate.grad)).all()
+
+
+def test_a_silent_mixture_has_a_finite_loss(options):
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    batch = trainer.examples[0]
+    batch.mixture[:], batch.target[:], batch.absent[:] = 0, 0, True
+    loss, _ = trainer.update(batch)
+    assert loss == pytest.approx(0, abs=1)
+
+
+def test_tensorboard_gets_figures_pictures_and_sound(options):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained(dataclasses.replace(options, steps=3))
+    events = EventAccumulator(options.logs)
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "validation/si_sdr_improvement"} <= set(tags["scalars"])
+    assert {"0/mixture", "0/target", "0/estimate"} <= set(tags["images"])
+    assert {"0/mixture", "0/target", "0/estimate"} <= set(tags["audio"])
+
+
+def test_loading_in_processes_gives_the_same_batches(options):
+    here = main.Trainer(options, dataset.Path(options.data))
+    there = main.Trainer(dataclasses.replace(options, loaders=2), dataset.Path(options.data))
+    for one, other in zip(here.batches(1, 7), there.batches(1, 7), strict=True):
+        assert torch.equal(one.mixture, other.mixture)
+        assert torch.equal(one.dvector, other.dvector)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data", "nowhere"], "nowhere: no examples here"),
+        (["--batch-size", 0], "--batch-size 0: give more than 0"),
+        (["--batch-size", 1000], "lower --batch-size"),
+        (["--n-fft", 320, "--hop", 160], "n_fft=512, the model 320"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, store, tmp_path, extra, message):
+    done = script("main.py", "--data", store, "--output", tmp_path, "--no-compile", *SMALL_ARGUMENTS, *extra)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_network_trained_with_autocast_and_loaded_again_is_in_fp32(options, tmp_path):
+    trained(dataclasses.replace(options, bf16=True, steps=2))
+    network, _ = model.load(main.checkpoints(options.output)[0])
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert network.config == model.Config(**SMALL)
