@@ -1,0 +1,201 @@
+"""Hear it: extract one voice from recordings, or from an example of the validation set."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+import dataset
+from extractor import CHUNK_SECONDS, Extractor
+from metrics import si_sdr
+from utils import ROOT, UserError, option, parse, run, whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+
+CHECKPOINTS = ROOT / "models" / "extractor"
+SHIPPED = CHECKPOINTS / "pretrained.pt"
+RESULTS = ROOT / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    mixture: list[str] = option(
+        [], "recordings to extract from; none: an example of the validation set", positional=True
+    )
+    reference: str | None = option(None, "recording of the wanted voice alone, 1 s or more")
+    target: str | None = option(None, "recording of what is right, if known: prints SI-SDR, saves a picture beside it")
+    output: str | None = option(None, "file for one mixture, folder for several or for an example (default: results)")
+    checkpoint: str | None = option(None, "checkpoint (default: models/extractor/best.pt, else the shipped one)")
+    data: str | None = option(None, "folder with examples (default: the largest in datasets/preprocessed)")
+    example: int = option(0, "number of the validation example")
+    play: bool = option(True, "play the sound")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+
+
+def main(argv):
+    options = parse(Options, argv, __doc__)
+    if options.mixture and not options.reference:
+        raise UserError(f"{options.mixture[0]}: whose voice? give a recording of it with --reference")
+    if options.reference and not options.mixture:
+        raise UserError(f"{options.reference}: a reference needs a MIXTURE to extract from")
+    extractor = Extractor(options.checkpoint or newest_weights(), options.device)
+    if not options.mixture:
+        return extract_example(extractor, options)
+    if options.target and len(options.mixture) > 1:
+        raise UserError(f"{options.target}: a target goes with one mixture; leave it out or give one")
+    reference = audio.read(options.reference)
+    audio.check_reference(reference, options.reference)
+    voice = extractor.enroll(reference)
+    failed = 0
+    for path, output in outputs(options):
+        try:
+            extract_file(extractor, voice, path, output)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        print(f"{output}")
+        if options.target:
+            compare(path, options.target, output)
+        if options.play:
+            play(*read_at_own_rate(output))
+    return 2 if failed else 0
+
+
+def newest_weights():
+    """The best checkpoint of this machine's training, else the shipped one."""
+    best = CHECKPOINTS / "best.pt"
+    return best if best.exists() else SHIPPED
+
+
+def outputs(options):
+    """Pairs of mixture and output path: a file for one, a folder for several."""
+    several = len(options.mixture) > 1
+    place = Path(options.output or RESULTS)
+    suffix = Path(options.output).suffix.lower() if options.output else ""
+    if not several and suffix:
+        return [(options.mixture[0], place)]
+    if several and suffix in audio.FORMATS:
+        raise UserError(f"{place}: is a file, but there are {len(options.mixture)} mixtures; give a folder")
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place}: is a file; give a folder")
+    pairs = [(path, place / f"{Path(path).stem}_estimate.wav") for path in options.mixture]
+    if len({output for _, output in pairs}) < len(pairs):
+        raise UserError("two mixtures have the same name; extract them one by one")
+    return pairs
+
+
+def extract_file(extractor, voice, path, output):
+    """Extract a voice from a recording of any length into one of the same rate and length."""
+    with audio.Reader(path) as reader, audio.Writer(output, reader.rate) as writer:
+        there = audio.Resampler(reader.rate, extractor.sample_rate)
+        back = audio.Resampler(extractor.sample_rate, reader.rate)
+        read = 0
+
+        def mixture():
+            nonlocal read
+            total = reader.frames and reader.frames / reader.rate
+            with tqdm(total=total, unit="s", unit_scale=True, desc=Path(path).name, leave=False) as bar:
+                for block in reader.blocks(CHUNK_SECONDS):
+                    read += len(block)
+                    bar.update(len(block) / reader.rate)
+                    yield there.feed(block)
+            yield there.flush()
+
+        def estimate():
+            for block in extractor.extract_blocks(mixture(), voice):
+                yield back.feed(block)
+            yield back.flush()
+
+        written = 0
+        for block in estimate():
+            # rounding there and back can make a sample too many or too few
+            block = block[: read - written]
+            writer.write(block)
+            written += len(block)
+        writer.write(np.zeros(read - written))
+
+
+def extract_example(extractor, options):
+    """Extract the target of a validation example: figures, three recordings, a picture, and sound."""
+    folder = options.data or next(iter(dataset.stores()), dataset.PREPROCESSED)
+    examples = dataset.Examples(folder, "validation")
+    dataset.check_model(examples.settings, extractor.network.config)
+    if not 0 <= options.example < len(examples):
+        raise UserError(f"{folder}: has no validation example {options.example}; choose 0 to {len(examples) - 1}")
+    batch = examples[options.example]
+    signals = examples.stft.samples(torch.cat([batch.mixture, batch.target]), examples.samples)
+    mixture, target = signals.numpy()
+    estimate = extractor.extract(mixture, batch.dvector[0])
+    place = Path(options.output or RESULTS)
+    signals = {"mixture": mixture, "target": target, "estimate": estimate}
+    print_scores(signals)
+    for name, samples in signals.items():
+        audio.write(place / f"{name}.wav", samples, extractor.sample_rate)
+        print(place / f"{name}.wav")
+    picture(place / "spectrograms.png", signals, extractor.sample_rate)
+    print(place / "spectrograms.png")
+    if options.play:
+        for samples in (mixture, target, estimate):
+            play(samples, extractor.sample_rate)
+
+
+def compare(mixture, target, output):
+    """Print SI-SDR before and after of an extracted recording whose target is known, and save a picture beside it."""
+    paths = {"mixture": mixture, "target": target, "estimate": output}
+    signals = {name: audio.read(path) for name, path in paths.items()}
+    if len(signals["target"]) != len(signals["mixture"]):
+        raise UserError(f"{target}: not as long as {mixture}; give the target's part of this mixture")
+    print_scores(signals)
+    path = Path(output).with_suffix(".png")
+    picture(path, signals, audio.SAMPLE_RATE)
+    print(path)
+
+
+def print_scores(signals):
+    before, after = (score(signals[name], signals["target"]) for name in ("mixture", "estimate"))
+    print(f"SI-SDR: mixture {before:.1f} dB, estimate {after:.1f} dB, improvement {after - before:.1f} dB")
+
+
+def score(estimate, target):
+    """SI-SDR in dB of numpy signals (samples,)."""
+    return si_sdr(torch.from_numpy(estimate), torch.from_numpy(target)).item()
+
+
+def picture(path, signals, rate):
+    """Save the spectrograms of named signals (samples,) side by side as a PNG."""
+    figure, axes = plt.subplots(1, len(signals), figsize=(4 * len(signals), 3), sharey=True, layout="constrained")
+    for axis, (name, samples) in zip(axes, signals.items(), strict=True):
+        loudest = 20 * np.log10(np.abs(samples).max() + 1e-6)
+        power = axis.specgram(samples + 1e-8, NFFT=512, Fs=rate, noverlap=384, scale="dB")[3]
+        power.set_clim(loudest - 110, loudest - 40)
+        axis.set(title=name, xlabel="seconds")
+    axes[0].set_ylabel("Hz")
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=100)
+    plt.close(figure)
+
+
+def play(samples, rate):
+    """Play a signal (samples,), or say why that cannot be done."""
+    try:
+        import sounddevice  # needs the PortAudio library, which may be missing
+
+        sounddevice.play(samples, rate, blocking=True)
+    except Exception as error:
+        print(f"not played: {str(error).strip()}; on Linux: sudo apt-get install libportaudio2", file=sys.stderr)
+
+
+def read_at_own_rate(path):
+    with audio.Reader(path) as reader:
+        return np.concatenate(list(reader.blocks(CHUNK_SECONDS))), reader.rate
+
+
+if __name__ == "__main__":
+    run(main)
