@@ -24,7 +24,7 @@ from utils import ROOT, UserError, whole
 
 SHARD = 256
 SPLITS = ("train", "validation")
-REFERENCE_SHARES = (0.1, 0.3, 0.6)  # how often training takes each of REFERENCE_SECONDS
+REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFERENCE_SECONDS
 PREPROCESSED = ROOT / "datasets" / "preprocessed"
 
 

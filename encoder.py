@@ -1,6 +1,6 @@
 """Reference recordings to d-vectors with the pretrained GE2E speaker encoder (Wan et al., 2018, arXiv:1710.10467).
 
-The weights are those that the `resemblyzer` package carries (MIT licence, trained on LibriSpeech train-other, VoxCeleb
+The weights are those that the `resemblyzer` package carries (Apache 2.0, trained on LibriSpeech train-other, VoxCeleb
 1 and 2); only its file is used, the network of three LSTM layers and a linear layer is written out here.
 """
 

@@ -11,8 +11,8 @@ import corpora
 import mixing
 from extractor import Extractor
 from metrics import si_sdr
-from test import newest_weights
-from utils import ROOT, option, parse, run
+from test import newest_weights, plt
+from utils import ROOT, option, parse, run, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Options:
     segment: float = option(4.0, "their length in seconds")
     sir_db: list[float] = option([-5.0, 5.0], "range of the target over the interference in dB", nargs=2)
     seed: int = option(1, "seed of the list")
+    curve: str | None = option(None, "save a picture of the checkpoint's learning curve here, too")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
 
 
@@ -33,6 +34,9 @@ def main(argv):
     extractor = Extractor(options.checkpoint or newest_weights(), options.device)
     cases = two_voices(recordings, options.mixtures, options.segment, options.sir_db, options.seed)
     print(summary([score(extractor, *case) for case in tqdm(cases, unit="mixture")]))
+    if options.curve:
+        learning_curve(options.curve, extractor.checkpoint["curve"])
+        print(options.curve)
 
 
 def two_voices(recordings, count, segment, sir_db, seed):
@@ -82,6 +86,17 @@ def summary(rows):
         f"by more than 1 dB in {100 * (improvement > 1).mean():.0f} %, wrong speaker in {100 * wrong.mean():.0f} %\n"
         f"with the interfering voice's reference, that voice: improvement {turned.mean():.2f} dB"
     )
+
+
+def learning_curve(path, curve):
+    """Save a picture of the validation rows of a training, see `main.Trainer.validate`."""
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.plot([row["minutes"] for row in curve], [row["si_sdr_improvement"] for row in curve], marker="o")
+    axis.set(xlabel="minutes of training", ylabel="validation SI-SDR improvement, dB")
+    axis.grid(alpha=0.3)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=100)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class Extractor:
     """A checkpoint on a device. Voices are d-vectors (256,), samples numpy float32 (samples,) at 16 kHz."""
 
     def __init__(self, checkpoint, device="cpu"):
-        self.network, _ = model.load(checkpoint, device)
+        self.network, self.checkpoint = model.load(checkpoint, device)
         self.device = torch.device(device)
         self.encoder = SpeakerEncoder().to(self.device)
 

@@ -18,6 +18,8 @@ from utils import POSITIVE, RANGE, SHARE, UserError, option, require
 PARTS = ("target", "interference", "noise")
 REFERENCE_SECONDS = (1.0, 3.0, 10.0)  # the lengths of reference that each example has a d-vector of
 MIN_REFERENCE_SECONDS = 1.5  # what a drawn reference has at least
+SILENCE = 1e-10  # power, full scale 1; what is below is never made louder
+EQUALISER_DB = 4.0  # largest gain and loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,18 +278,18 @@ def sound(pieces, samples, responses=None):
 
 
 def active_power(samples):
-    """Mean power of a recorded signal (samples,) from its first to its last 20 ms that is not silent, -80 dBFS."""
+    """Mean power of a signal (samples,) from its first to its last 20 ms within 50 dB of the loudest, 0 if silent."""
     frame = audio.SAMPLE_RATE // 50
     energy = np.add.reduceat(np.square(samples, dtype=np.float64), np.arange(0, len(samples), frame))
-    heard = np.flatnonzero(energy > 1e-8 * frame)
-    if len(heard) == 0:
+    if energy.max() < frame * SILENCE:
         return 0.0
+    heard = np.flatnonzero(energy > 1e-5 * energy.max())
     return float(energy[heard[0] : heard[-1] + 1].sum() / (frame * (heard[-1] + 1 - heard[0])))
 
 
 def random_curve(rng):
     """A smooth random equaliser: gains in dB at six frequencies from 100 Hz to 8 kHz."""
-    return rng.uniform(-6, 6, 6)
+    return rng.uniform(-EQUALISER_DB, EQUALISER_DB, 6)
 
 
 def equalise(samples, curve):

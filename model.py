@@ -115,16 +115,17 @@ class Network(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
         self.register_buffer("dvector_mean", torch.zeros(size))
-        self.register_buffer("dvector_deviation", torch.ones(size))
+        self.register_buffer("dvector_scale", torch.ones(()))
         self.to(memory_format=torch.channels_last)
 
     def standardise(self, dvectors):
-        """Take the mean and standard deviation of the training speakers' d-vectors (speakers, dvector_size).
+        """Take mean and scale of the training speakers' d-vectors (speakers, dvector_size).
 
-        The components of d-vectors are small and much the same for all voices; what differs is what counts.
+        The components of d-vectors are small and much the same for all voices; what differs is what counts. One scale
+        for all: components that are nearly always zero would become huge where they are not.
         """
         self.dvector_mean.copy_(dvectors.mean(0))
-        self.dvector_deviation.copy_(dvectors.std(0) + 1e-3)
+        self.dvector_scale.copy_(dvectors.std(0).square().mean().sqrt())
 
     def forward(self, mixture, dvector, state=None):
         """Estimate the target's spectrum; training, files and streams all call this.
@@ -134,7 +135,7 @@ class Network(nn.Module):
         """
         level_state, block_states = state or (None, [None] * len(self.blocks))
         level, level_state = self.level(mixture, level_state)
-        dvector = (dvector - self.dvector_mean) / self.dvector_deviation
+        dvector = (dvector - self.dvector_mean) / self.dvector_scale
         mask, block_states = self.mask(self.features(mixture, level), dvector, block_states)
         return self.bound(mask) * mixture, (level_state, block_states)
 

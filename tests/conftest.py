@@ -12,6 +12,7 @@ import corpora
 import downloader
 import mixing
 import model
+import utils
 from utils import ROOT
 
 CORPORA = Path(os.environ.get("CORPORA", ROOT.parent / "shared" / "corpora"))
@@ -65,6 +66,21 @@ def checkpoint(tmp_path_factory, network):
     path = tmp_path_factory.mktemp("checkpoint") / "random.pt"
     model.save(path, network)
     return path
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Call a script's `main` as from its command line; it must end with exit code 2 and one line, which is returned."""
+
+    def call(main, *arguments):
+        with pytest.raises(SystemExit) as ended:
+            utils.run(main, [str(argument) for argument in arguments])
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2
+        assert len(errors) == 1, errors
+        return errors[0]
+
+    return call
 
 
 @pytest.fixture

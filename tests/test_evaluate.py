@@ -62,3 +62,9 @@ def test_the_mixture_has_the_stated_ratio(cases):
         row = evaluate.score(Useless(), *case)
         assert row["mixture"] == pytest.approx(case[0].sir_db, abs=0.6)
         assert row["turned_mixture"] == pytest.approx(-case[0].sir_db, abs=0.6)
+
+
+def test_the_learning_curve_is_a_picture(tmp_path):
+    rows = [{"minutes": 1.0, "si_sdr_improvement": 0.5}, {"minutes": 2.0, "si_sdr_improvement": 1.5}]
+    evaluate.learning_curve(tmp_path / "curve.png", rows)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
