@@ -468,16 +468,34 @@ def age_group(age):
     return group, f"{AGES[-1]} and over" if group == len(AGES) else f"{AGES[group - 1]} to {AGES[group] - 1}"
 
 
+def split_files(recordings):
+    """The recordings of noise, music or rooms for training and those for validation; at least one unless there is one.
+
+    Which they are is the same everywhere, see `is_held_out`.
+    """
+    held_out = [r for r in recordings if is_held_out(r)]
+    if not held_out and len(recordings) > 1:
+        first = min(map(place_in_split, recordings))
+        held_out = [r for r in recordings if place_in_split(r) == first]
+    chosen = set(held_out)
+    return [r for r in recordings if r not in chosen], held_out
+
+
 def is_held_out(recording):
-    """Whether a recording of noise, music or a room is for validation: one in ten, the same everywhere.
+    """Whether a recording of noise, music or a room is for validation: one in ten, the same everywhere."""
+    return place_in_split(recording) < HELD_OUT_SHARE
+
+
+def place_in_split(recording):
+    """A number from 0 to 1 by which recordings of noise, music or rooms are split.
 
     The names of the file and its folder decide, as DEMAND calls every file ch01. The takes of one source of ESC-50
     stay together, and so do the impulse responses of a room.
     """
     if recording.kind == "rooms":
-        return fraction(recording.speaker) < HELD_OUT_SHARE
+        return fraction(recording.speaker)
     stem = re.sub(r"^(\d-\d+)-[A-Z](-\d+)?$", r"\1", recording.path.stem)
-    return fraction(f"{recording.path.parent.name}/{stem}") < HELD_OUT_SHARE
+    return fraction(f"{recording.path.parent.name}/{stem}")
 
 
 def split_speakers(recordings):

@@ -28,33 +28,39 @@ REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFEREN
 PREPROCESSED = ROOT / "datasets" / "preprocessed"
 
 
-def write_shard(folder, examples):
-    """Write one shard from an iterator of (spectra, dvectors, row); all of it or nothing."""
+def write_shard(folder, count, examples):
+    """Write one shard from an iterator of `count` (spectra, dvectors, row), all of it or nothing.
+
+    One example is held at a time; writing to a memory map instead would end the process on a full disk.
+    """
+    dvectors, rows = [], []
     with whole(folder) as partial:
         partial.mkdir()
-        examples = list(examples)
-        spectra = np.lib.format.open_memmap(
-            partial / "spectra.npy", "w+", np.float16, (len(examples), *examples[0][0].shape)
-        )
-        for n, (example, _, _) in enumerate(examples):
-            spectra[n] = example
-        spectra.flush()
-        np.save(partial / "dvectors.npy", np.stack([dvectors for _, dvectors, _ in examples]))
-        (partial / "index.json").write_text(json.dumps([row for _, _, row in examples]))
+        with open(partial / "spectra.npy", "wb") as file:
+            for spectra, dvector, row in examples:
+                if not rows:
+                    header = {"descr": "<f2", "fortran_order": False, "shape": (count, *spectra.shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(spectra.astype("<f2").tobytes())
+                dvectors.append(dvector)
+                rows.append(row)
+        assert len(rows) == count
+        np.save(partial / "dvectors.npy", np.stack(dvectors))
+        (partial / "index.json").write_text(json.dumps(rows))
 
 
 def read_settings(folder):
     """The settings a store was made with. Raises `UserError` where there is no store."""
     try:
         return json.loads((Path(folder) / "settings.json").read_text())
-    except OSError:
+    except (OSError, ValueError):
         raise UserError(f"{folder}: no examples here; make them with: python3 downloader.py") from None
 
 
-def stores(root=PREPROCESSED):
-    """The stores under `root`, largest first."""
-    found = [path for path in Path(root).glob("size=*") if (path / "settings.json").exists()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("size=")))
+def largest(root=PREPROCESSED):
+    """The largest store under `root`; `root` where there is none."""
+    found = [path for path in Path(root).glob("size=*/settings.json") if path.parent.name[5:].isdigit()]
+    return max((path.parent for path in found), key=lambda path: int(path.name[5:]), default=Path(root))
 
 
 @dataclass
@@ -91,9 +97,14 @@ class Examples(torch.utils.data.Dataset):
         missing = [shard for shard in shards if not shard.exists()]
         if missing:
             raise UserError(f"{missing[0]}: missing; finish the store with the downloader.py command that began it")
-        self.shards = [np.load(shard / "spectra.npy", mmap_mode="r") for shard in shards]
-        self.dvectors = torch.from_numpy(np.concatenate([np.load(shard / "dvectors.npy") for shard in shards]))
-        self.index = [row for shard in shards for row in json.loads((shard / "index.json").read_text())]
+        try:
+            self.shards = [np.load(shard / "spectra.npy", mmap_mode="r") for shard in shards]
+            self.dvectors = torch.from_numpy(np.concatenate([np.load(shard / "dvectors.npy") for shard in shards]))
+            self.index = [row for shard in shards for row in json.loads((shard / "index.json").read_text())]
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{folder}: not whole ({error}); copy it again, or remove it and run downloader.py"
+            ) from error
         self.powers = np.array([row["powers"] for row in self.index])
         self.absent = np.array([row["absent"] for row in self.index])
         # the speakers that sound in each part; noise has none

@@ -1,13 +1,17 @@
 """Fetch corpora, mix them with all cores and write the examples that `main.py` trains on; once per machine."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +24,11 @@ import dataset
 import fetch
 import mixing
 from encoder import SpeakerEncoder
-from model import Config
+from model import Config, bf16_is_fast
 from utils import POSITIVE, ROOT, UserError, option, parse, require, run, whole
 
 BLOCK = 16  # examples that a worker makes at once
+AHEAD = 4  # blocks a worker that may be begun before the first is written
 VALIDATION_SHARE = 0.05  # validation examples beside the training examples
 MIN_VALIDATION = 16
 EXAMPLES_PER_SECOND = 15  # of one core, for the forecast; see benchmarks/README.md
@@ -91,7 +96,7 @@ def forecast(options, folder, fetched):
         f"{total} examples of {options.segment:g} s in {folder}: {spectra / 1e9:.1f} GB, about {minutes:.0f} min "
         f"on {options.workers} cores; corpora to fetch and unpack: {corpora_bytes / 1e9:.1f} GB"
     )
-    needed = corpora_bytes + spectra - sum(path.stat().st_size for path in folder.glob("*/*/spectra.npy"))
+    needed = corpora_bytes + spectra - sum(path.stat().st_size for path in folder.glob("*/[0-9]*/spectra.npy"))
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -131,11 +136,12 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
     )
     with tqdm(total=total, initial=total - to_do, unit="example", smoothing=0.05) as bar:
         try:
-            made = executor.map(make_block, blocks)
+            made = in_order(executor, blocks, AHEAD * workers)
             for name in dataset.SPLITS:
                 for n in missing[name]:
-                    expected = min((n + 1) * dataset.SHARD, counts[name]) - n * dataset.SHARD
-                    dataset.write_shard(folder / name / f"{n:05d}", take(made, expected, bar))
+                    count = min((n + 1) * dataset.SHARD, counts[name]) - n * dataset.SHARD
+                    examples = counted(bar, itertools.islice(made, count))
+                    dataset.write_shard(folder / name / f"{n:05d}", count, examples)
         except concurrent.futures.BrokenExecutor as error:
             raise UserError(
                 f"{folder}: a worker process was ended, perhaps for want of memory; run it again with fewer --workers"
@@ -144,13 +150,21 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
             executor.shutdown(cancel_futures=True)
 
 
-def take(made, expected, bar):
-    """Yield `expected` examples from the blocks that workers made."""
-    while expected:
-        for example in next(made):
-            yield example
-            expected -= 1
-            bar.update()
+def in_order(executor, blocks, ahead):
+    """The examples of all blocks in order, with at most `ahead` blocks begun, so that none pile up in memory."""
+    begun = collections.deque()
+    for block in blocks:
+        begun.append(executor.submit(make_block, block))
+        if len(begun) == ahead:
+            yield from begun.popleft().result()
+    while begun:
+        yield from begun.popleft().result()
+
+
+def counted(bar, examples):
+    for example in examples:
+        yield example
+        bar.update()
 
 
 def split(recordings):
@@ -158,10 +172,7 @@ def split(recordings):
     train, validation = corpora.split_speakers(recordings["speech"])
     splits = {"train": {"speech": train}, "validation": {"speech": validation}}
     for kind in ("noise", "music", "rooms"):
-        every = recordings.get(kind, [])
-        held_out = [r for r in every if corpora.is_held_out(r)]
-        splits["train"][kind] = [r for r in every if not corpora.is_held_out(r)] or every
-        splits["validation"][kind] = held_out or every
+        splits["train"][kind], splits["validation"][kind] = corpora.split_files(recordings.get(kind, []))
     return splits
 
 
@@ -211,8 +222,17 @@ def start_worker(mixers, config):
     """Keep what `make_block` needs in this process."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    worker = Worker(mixers, config, SpeakerEncoder())
+    worker = Worker(mixers, config, SpeakerEncoder(bf16_is_fast(torch.device("cpu"))))
+
+
+def end_with_parent():
+    """A killed main process must not leave its workers behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 @dataclass

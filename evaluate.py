@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -11,8 +12,13 @@ import corpora
 import mixing
 from extractor import Extractor
 from metrics import si_sdr
-from test import newest_weights, plt
-from utils import ROOT, option, parse, run, whole
+from model import DEVICE
+from utils import POSITIVE, ROOT, UserError, option, parse, require, run, whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
+
+TRIES = 1000  # to draw voices that leave something for a reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +31,20 @@ class Options:
     sir_db: list[float] = option([-5.0, 5.0], "range of the target over the interference in dB", nargs=2)
     seed: int = option(1, "seed of the list")
     curve: str | None = option(None, "save a picture of the checkpoint's learning curve here, too")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+    device: str = option(DEVICE, "cpu, cuda, cuda:1 ...")
+
+    def __post_init__(self):
+        require(self, POSITIVE, "mixtures")
 
 
 def main(argv):
     options = parse(Options, argv, __doc__)
     recordings = corpora.find(options.speech, "speech", Path(options.datasets))
-    extractor = Extractor(options.checkpoint or newest_weights(), options.device)
+    extractor = Extractor(options.checkpoint, options.device)
     cases = two_voices(recordings, options.mixtures, options.segment, options.sir_db, options.seed)
     print(summary([score(extractor, *case) for case in tqdm(cases, unit="mixture")]))
     if options.curve:
-        learning_curve(options.curve, extractor.checkpoint["curve"])
+        learning_curve(options.curve, extractor.checkpoint.get("curve", []))
         print(options.curve)
 
 
@@ -48,10 +57,13 @@ def two_voices(recordings, count, segment, sir_db, seed):
     cases = []
     for n in range(count):
         rng = np.random.default_rng([seed, n])
-        reference = []
-        while sum(piece.seconds for piece in reference) < mixing.MIN_REFERENCE_SECONDS:
+        for _ in range(TRIES):
             plan = mixer.draw(rng)
             reference = mixer.draw_reference(rng, plan.interference[0])
+            if sum(piece.seconds for piece in reference) >= mixing.MIN_REFERENCE_SECONDS:
+                break
+        else:
+            raise UserError(f"--segment {segment:g}: leaves no speech for references; give a shorter one")
         cases.append((plan, reference, settings))
     return cases
 

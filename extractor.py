@@ -5,16 +5,28 @@ import torch
 
 import model
 from encoder import SpeakerEncoder
+from utils import ROOT
 
-CHUNK_SECONDS = 10.0  # of the pieces that whole recordings are extracted in
+CHECKPOINTS = ROOT / "models" / "extractor"
+CHUNK = 2**17  # samples at most that go through the network at once, a whole number of hops
+
+
+def default_checkpoint():
+    """The best checkpoint of this machine's training, else the one that comes with the project."""
+    best = CHECKPOINTS / "best.pt"
+    return best if best.exists() else CHECKPOINTS / "pretrained.pt"
 
 
 class Extractor:
-    """A checkpoint on a device. Voices are d-vectors (256,), samples numpy float32 (samples,) at 16 kHz."""
+    """A checkpoint on a device, by default `default_checkpoint`.
 
-    def __init__(self, checkpoint, device="cpu"):
-        self.network, self.checkpoint = model.load(checkpoint, device)
-        self.device = torch.device(device)
+    Voices are d-vectors (256,), samples are numpy float32 (samples,) at 16 kHz. Raises `UserError` where the checkpoint
+    or the device cannot be used.
+    """
+
+    def __init__(self, checkpoint=None, device="cpu"):
+        self.device = model.find_device(device)
+        self.network, self.checkpoint = model.load(checkpoint or default_checkpoint(), self.device)
         self.encoder = SpeakerEncoder().to(self.device)
 
     @property
@@ -26,13 +38,12 @@ class Extractor:
         return self.encoder.dvectors([reference])[0]
 
     def stream(self, voice):
+        """A new `Stream` that keeps this voice."""
         return Stream(self.network, voice, self.device)
 
     def extract(self, mixture, voice):
         """The voice in a mixture (samples,), as long as it and in time with it."""
-        chunk = round(CHUNK_SECONDS * self.sample_rate)
-        blocks = (mixture[start : start + chunk] for start in range(0, len(mixture), chunk))
-        return np.concatenate(list(self.extract_blocks(blocks, voice)))
+        return np.concatenate(list(self.extract_blocks([mixture], voice)))
 
     def extract_blocks(self, blocks, voice):
         """The voice in a mixture that comes in blocks of any length; yields blocks whose sum is as long and in time."""
@@ -64,14 +75,16 @@ class Stream:
         """Take samples (any number,) of the mixture; returns the estimate of all whole hops so far, `delay` late."""
         self.waiting = np.concatenate([self.waiting, np.asarray(samples, dtype=np.float32)])
         whole = len(self.waiting) // self.stft.hop * self.stft.hop
-        if whole == 0:
-            return self.waiting[:0]
-        chunk, self.waiting = self.waiting[:whole], self.waiting[whole:]
-        chunk = torch.from_numpy(chunk)[None].to(self.device)
+        ready, self.waiting = self.waiting[:whole], self.waiting[whole:]
+        return np.concatenate([ready[:0], *(self.step(ready[n : n + CHUNK]) for n in range(0, whole, CHUNK))])
+
+    def step(self, samples):
+        """The estimate of some whole hops."""
+        chunk = torch.from_numpy(samples)[None].to(self.device)
         spectrum, self.analysis = self.stft.analyse(chunk, self.analysis)
         estimate, self.state = self.network(spectrum, self.voice, self.state)
-        samples, self.synthesis = self.stft.synthesise(estimate, self.synthesis)
-        return samples[0].cpu().numpy()
+        estimate, self.synthesis = self.stft.synthesise(estimate, self.synthesis)
+        return estimate[0].cpu().numpy()
 
     def flush(self):
         """The rest, once the mixture has ended: with all of `feed`, `delay` samples more than went in."""

@@ -1,7 +1,6 @@
 """Download, verify and unpack the archives of a corpus; a broken transfer goes on where it stopped."""
 
 import errno
-import glob
 import gzip
 import http.client
 import os
@@ -232,9 +231,6 @@ def install(archive, file, checksum, target):
     algorithm, _, digest = (checksum or "").partition(":")
     if checksum and pooch.file_hash(str(file), alg=algorithm) != digest.lower():
         raise BadArchive(f"{file}: corrupt, its checksum is not {checksum}; run again, or replace it in the mirror")
-    # what a killed run left
-    for left in target.parent.glob(f".{glob.escape(target.stem)}.*.partial{target.suffix}"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
     with whole(target) as partial:
         if not archive.packed:
             shutil.copyfile(file, partial)

@@ -42,13 +42,13 @@ class Options(model.Config):
     clip: float = option(5.0, "largest norm of the gradient")
     every: int = option(500, "steps between checkpoints, each with a validation")
     keep: int = option(3, "newest checkpoints to keep beside the best")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
-    bf16: bool = option(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), "bfloat16 autocast")
+    device: str = option(model.DEVICE, "cpu, cuda, cuda:1 ...")
+    bf16: bool | None = option(None, "bfloat16 autocast (default: on a GPU, and on a CPU that is faster with it)")
     compile: bool = option(
         shutil.which("g++") is not None, "compile the network first, a minute that long runs win back"
     )
     threads: int = option(torch.get_num_threads(), "threads on the CPU")
-    loaders: int = option(2 if torch.cuda.is_available() else 0, "processes that load examples; 0: in the main process")
+    loaders: int | None = option(None, "processes that load examples (default: 2 for a GPU, else the main one: 0)")
     seed: int = option(0, "seed of the weights, the order and the remixing")
 
     def __post_init__(self):
@@ -60,8 +60,7 @@ class Options(model.Config):
 def main(argv):
     options = parse(Options, argv, __doc__)
     torch.set_num_threads(options.threads)
-    folder = options.data or next(iter(dataset.stores()), dataset.PREPROCESSED)
-    trainer = Trainer(options, Path(folder))
+    trainer = Trainer(options, Path(options.data or dataset.largest()))
     trainer.resume()
     trainer.train()
 
@@ -70,7 +69,10 @@ class Trainer:
     """The state of a training: network, optimizer, where it stands, and the examples."""
 
     def __init__(self, options, folder):
-        self.options, self.device = options, torch.device(options.device)
+        self.options, self.device = options, model.find_device(options.device)
+        on_gpu = self.device.type == "cuda"
+        self.bf16 = model.bf16_is_fast(self.device) if options.bf16 is None else options.bf16
+        self.loaders = (2 if on_gpu else 0) if options.loaders is None else options.loaders
         config = model.Config(**{f.name: getattr(options, f.name) for f in dataclasses.fields(model.Config)})
         dataset.check_model(dataset.read_settings(folder), config)
         held = self.device if self.fits(folder) else None
@@ -123,14 +125,14 @@ class Trainer:
             examples,
             batch_sampler=chosen,
             collate_fn=as_it_is,
-            num_workers=0 if on_device else self.options.loaders,
+            num_workers=0 if on_device else self.loaders,
             pin_memory=self.device.type == "cuda" and not on_device,
         )
         return (batch.to(self.device) for batch in loader)
 
     def estimate(self, batch):
         """The estimate's spectrum, with autocast where it is wanted."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(batch.mixture, batch.dvector)[0]
 
     def waveforms(self, *spectra):
@@ -149,7 +151,10 @@ class Trainer:
     def train(self):
         """Train until the schedule, the time or the epochs end, or Ctrl-C; saves a checkpoint in every case."""
         options = self.options
-        writer = SummaryWriter(options.logs, purge_step=self.step)
+        try:
+            writer = SummaryWriter(options.logs, purge_step=self.step)
+        except OSError as error:
+            raise UserError(f"{options.logs}: cannot be written ({error.strerror}); choose other --logs") from error
         before = signal.signal(signal.SIGINT, self.stop)
         began, earlier = time.monotonic(), self.seconds
         last = options.steps if options.epochs is None else min(options.steps, options.epochs * self.steps_per_epoch)
@@ -164,10 +169,10 @@ class Trainer:
                     bar.set_postfix(epoch=epoch, loss=f"{loss:.2f}", si_sdr=f"{ratio:.1f} dB")
                     writer.add_scalar("train/loss", loss, self.step)
                     writer.add_scalar("train/si_sdr", ratio, self.step)
-                    writer.add_scalar("train/learning_rate", self.learning_rate(), self.step)
                     timed_out = options.minutes is not None and time.monotonic() - began > options.minutes * 60
                     self.stopping = self.stopping or timed_out or self.step >= last
                     if self.step % options.every == 0 or self.stopping:
+                        self.save()
                         self.validate(writer, bar)
                         self.seconds = earlier + time.monotonic() - began
                         self.save()
@@ -178,7 +183,7 @@ class Trainer:
             writer.close()
             signal.signal(signal.SIGINT, before)
         print(f"{self.path()}: step {self.step} of {options.steps}, best validation improvement {self.best:.2f} dB")
-        if self.step < options.steps:
+        if self.step < last:
             print("go on with the same command")
 
     def stop(self, *_):
@@ -217,7 +222,9 @@ class Trainer:
             waves = self.waveforms(batch.mixture, batch.target, estimate)
             mixture, target, estimated = waves
             losses.append(loss.item())
-            improvements.append((ratio - si_sdr(mixture, target))[~batch.absent])
+            # where the mixture is the target there is nothing to improve, and its ratio has no bound
+            before = si_sdr(mixture, target).clamp(max=MAX_SI_SDR)
+            improvements.append((ratio.clamp(max=MAX_SI_SDR) - before)[~batch.absent])
             silences.append(attenuation_db(estimated, mixture)[batch.absent])
             if number == 0:
                 self.show(writer, waves)
@@ -248,6 +255,12 @@ class Trainer:
                 sound = wave[n] / wave[n].abs().max().clamp(min=1e-6)
                 writer.add_audio(f"{n}/{name}", sound, self.step, sample_rate=self.network.config.sample_rate)
 
+    @staticmethod
+    def identity(options, examples):
+        """What must be the same for a training to go on: the model, and the order of the batches."""
+        names = [field.name for field in dataclasses.fields(model.Config)] + ["batch_size", "seed"]
+        return {"examples": examples, **{name: options[name] for name in names}}
+
     def path(self):
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         return Path(self.options.output) / f"extractor_epoch-{epoch}_batch-{batch}.pt"
@@ -259,6 +272,7 @@ class Trainer:
             self.network,
             optimizer=self.optimizer.state_dict(),
             step=self.step,
+            examples=len(self.examples),
             seconds=self.seconds,
             best=self.best,
             curve=self.curve,
@@ -269,18 +283,23 @@ class Trainer:
             path.unlink()
 
     def resume(self):
-        """Go on from the newest whole checkpoint, if there is one; a broken one is passed over with a warning."""
-        for path in checkpoints(self.options.output):
+        """Go on from the newest whole checkpoint, if there is one; a broken one is passed over with a warning.
+
+        Raises `UserError` where none is whole, and for another model, store, batch size or seed.
+        """
+        found = checkpoints(self.options.output)
+        for path in found:
             try:
                 network, saved = model.load(path, self.device)
             except UserError as error:
                 print(f"warning: {error}; trying the one before")
                 continue
-            if network.config != self.network.config:
-                before, now = asdict(network.config), asdict(self.network.config)
-                differing = ", ".join(f"{k} {before[k]} there, {now[k]} now" for k in now if before[k] != now[k])
+            now = self.identity(asdict(self.options), len(self.examples))
+            before = self.identity(saved["options"] | saved["config"], saved["examples"])
+            differing = ", ".join(f"{k} {before[k]} there, {now[k]} now" for k in now if before[k] != now[k])
+            if differing:
                 raise UserError(
-                    f"{path}: another model ({differing}); choose another --output or remove the checkpoints"
+                    f"{path}: another training ({differing}); choose another --output or remove the checkpoints"
                 )
             self.network.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -289,6 +308,10 @@ class Trainer:
             torch.set_rng_state(saved["random_state"].cpu())
             print(f"{path}: going on from step {self.step}")
             return
+        if found:
+            raise UserError(
+                f"{self.options.output}: none of its checkpoints is whole; remove them or choose another --output"
+            )
 
 
 def as_it_is(batch):

@@ -15,6 +15,7 @@ import audio
 import corpora
 from utils import POSITIVE, RANGE, SHARE, UserError, option, require
 
+pyroomacoustics.constants.set("num_threads", 1)  # downloader.py has a process for each core
 PARTS = ("target", "interference", "noise")
 REFERENCE_SECONDS = (1.0, 3.0, 10.0)  # the lengths of reference that each example has a d-vector of
 MIN_REFERENCE_SECONDS = 1.5  # what a drawn reference has at least
@@ -100,7 +101,8 @@ class Mixer:
         self.settings, self.noise, self.music = settings, list(noise), list(music)
         self.speakers = group(speech)
         for name, recordings in list(self.speakers.items()):
-            if sum(r.seconds for r in recordings) < MIN_REFERENCE_SECONDS + 1:
+            longest, total = max(r.seconds for r in recordings), sum(r.seconds for r in recordings)
+            if max(longest - 1, total - longest) < MIN_REFERENCE_SECONDS:
                 del self.speakers[name]
         if len(self.speakers) < 2:
             raise UserError(
@@ -118,7 +120,7 @@ class Mixer:
         voices = 1
         if rng.random() < s.more_voices and s.max_voices > 1:
             voices = rng.integers(2, s.max_voices + 1)
-        alone = not absent and rng.random() < s.no_voices
+        alone = not absent and rng.random() < s.no_voices and len(self.noise) > 0
         others = [n for n in rng.permutation(len(self.names))[: voices + 1] if self.names[n] != name]
         interference = [] if alone else [self.draw_piece(rng, self.speakers[self.names[n]]) for n in others[:voices]]
         noise = []
@@ -258,6 +260,7 @@ def shorten(rng, piece, segment):
 
 
 def load(piece):
+    """The samples of a piece (round(seconds * SAMPLE_RATE),); raises `UserError` where its file cannot be read."""
     return audio.read_segment(piece.recording.path, piece.start, piece.seconds)
 
 

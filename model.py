@@ -7,7 +7,9 @@ the bands, an LSTM over time shared by the bands} look at voice and time, and a 
 every frequency. The d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871).
 """
 
+import io
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from torch import nn
 
 from stft import Stft
 from utils import POSITIVE, UserError, option, require, whole
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,11 @@ class Config:
 
     def __post_init__(self):
         require(self, POSITIVE, "n_fft", "hop", "hidden", "mask_bound", "level_seconds")
+        require(self, (lambda values: values and min(values) > 0, "numbers more than 0"), "channels", "dilations")
         fits = self.n_fft % (2 * self.hop) == 0
         require(self, (lambda hop: fits, f"a whole part of half of --n-fft {self.n_fft}"), "hop")
+        halves = all(bands % 2 for bands in self.bands[:-1])
+        require(self, (lambda n_fft: halves, "a power of two, or another length whose bins halve"), "n_fft")
 
     @property
     def stft(self):
@@ -51,7 +58,7 @@ class Config:
 
 
 class FiLM(nn.Module):
-    """Batch normalisation whose scale and shift are a linear function of the d-vector, then PReLU."""
+    """Batch normalisation whose scale and shift are a linear function of the d-vector, then ReLU."""
 
     def __init__(self, channels, dvector_size):
         super().__init__()
@@ -183,8 +190,11 @@ class Network(nn.Module):
 
 def save(path, network, **rest):
     """Write a checkpoint: the network's configuration and weights, and whatever plain data `rest` names."""
+    # by way of memory, as torch's own writer has another error for a full disk
+    written = io.BytesIO()
+    torch.save({"config": asdict(network.config), "weights": network.state_dict(), **rest}, written)
     with whole(path) as partial:
-        torch.save({"config": asdict(network.config), "weights": network.state_dict(), **rest}, partial)
+        partial.write_bytes(written.getbuffer())
 
 
 def load(path, device="cpu"):
@@ -203,12 +213,21 @@ def load(path, device="cpu"):
     return network.to(device).eval(), checkpoint
 
 
+def bf16_is_fast(device):
+    """Whether bfloat16 autocast pays on a torch device: on GPUs, and on CPUs with AMX (5 to 8 times fp32)."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+
+
+def find_device(name):
+    """The torch device of this name. Raises `UserError` where it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({first_line(error)}); use cpu") from error
+
+
 def first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def pairwise(values):
-    return list(zip(values, values[1:], strict=False))
 
 
 def parameters(network):

@@ -11,15 +11,15 @@ from tqdm import tqdm
 
 import audio
 import dataset
-from extractor import CHUNK_SECONDS, Extractor
-from metrics import si_sdr
+from extractor import Extractor
+from metrics import attenuation_db, si_sdr
+from model import DEVICE
 from utils import ROOT, UserError, option, parse, run, whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no screen)
 
-CHECKPOINTS = ROOT / "models" / "extractor"
-SHIPPED = CHECKPOINTS / "pretrained.pt"
+BLOCK_SECONDS = 10.0  # of the pieces that recordings are read in
 RESULTS = ROOT / "results"
 
 
@@ -35,7 +35,7 @@ class Options:
     data: str | None = option(None, "folder with examples (default: the largest in datasets/preprocessed)")
     example: int = option(0, "number of the validation example")
     play: bool = option(True, "play the sound")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+    device: str = option(DEVICE, "cpu, cuda, cuda:1 ...")
 
 
 def main(argv):
@@ -44,7 +44,7 @@ def main(argv):
         raise UserError(f"{options.mixture[0]}: whose voice? give a recording of it with --reference")
     if options.reference and not options.mixture:
         raise UserError(f"{options.reference}: a reference needs a MIXTURE to extract from")
-    extractor = Extractor(options.checkpoint or newest_weights(), options.device)
+    extractor = Extractor(options.checkpoint, options.device)
     if not options.mixture:
         return extract_example(extractor, options)
     if options.target and len(options.mixture) > 1:
@@ -52,9 +52,12 @@ def main(argv):
     reference = audio.read(options.reference)
     audio.check_reference(reference, options.reference)
     voice = extractor.enroll(reference)
+    target = audio.read(options.target) if options.target else None
     failed = 0
     for path, output in outputs(options):
         try:
+            if target is not None and len(target) != len(audio.read(path)):
+                raise UserError(f"{options.target}: not as long as {path}; give the target's part of this mixture")
             extract_file(extractor, voice, path, output)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -62,16 +65,10 @@ def main(argv):
             continue
         print(f"{output}")
         if options.target:
-            compare(path, options.target, output)
+            compare(path, target, output)
         if options.play:
             play(*read_at_own_rate(output))
     return 2 if failed else 0
-
-
-def newest_weights():
-    """The best checkpoint of this machine's training, else the shipped one."""
-    best = CHECKPOINTS / "best.pt"
-    return best if best.exists() else SHIPPED
 
 
 def outputs(options):
@@ -79,7 +76,10 @@ def outputs(options):
     several = len(options.mixture) > 1
     place = Path(options.output or RESULTS)
     suffix = Path(options.output).suffix.lower() if options.output else ""
-    if not several and suffix:
+    if not several and suffix and not place.is_dir():
+        given = [Path(path).resolve() for path in (*options.mixture, options.reference, options.target) if path]
+        if place.resolve() in given:
+            raise UserError(f"{place}: is one of the recordings given; choose another --output")
         return [(options.mixture[0], place)]
     if several and suffix in audio.FORMATS:
         raise UserError(f"{place}: is a file, but there are {len(options.mixture)} mixtures; give a folder")
@@ -101,8 +101,8 @@ def extract_file(extractor, voice, path, output):
         def mixture():
             nonlocal read
             total = reader.frames and reader.frames / reader.rate
-            with tqdm(total=total, unit="s", unit_scale=True, desc=Path(path).name, leave=False) as bar:
-                for block in reader.blocks(CHUNK_SECONDS):
+            with tqdm(total=total, unit="s", unit_scale=True, desc=Path(path).name, disable=None) as bar:
+                for block in reader.blocks(BLOCK_SECONDS):
                     read += len(block)
                     bar.update(len(block) / reader.rate)
                     yield there.feed(block)
@@ -124,7 +124,7 @@ def extract_file(extractor, voice, path, output):
 
 def extract_example(extractor, options):
     """Extract the target of a validation example: figures, three recordings, a picture, and sound."""
-    folder = options.data or next(iter(dataset.stores()), dataset.PREPROCESSED)
+    folder = options.data or dataset.largest()
     examples = dataset.Examples(folder, "validation")
     dataset.check_model(examples.settings, extractor.network.config)
     if not 0 <= options.example < len(examples):
@@ -147,11 +147,8 @@ def extract_example(extractor, options):
 
 
 def compare(mixture, target, output):
-    """Print SI-SDR before and after of an extracted recording whose target is known, and save a picture beside it."""
-    paths = {"mixture": mixture, "target": target, "estimate": output}
-    signals = {name: audio.read(path) for name, path in paths.items()}
-    if len(signals["target"]) != len(signals["mixture"]):
-        raise UserError(f"{target}: not as long as {mixture}; give the target's part of this mixture")
+    """Print SI-SDR before and after of a recording extracted to a file, and save a picture beside it."""
+    signals = {"mixture": audio.read(mixture), "target": target, "estimate": audio.read(output)}
     print_scores(signals)
     path = Path(output).with_suffix(".png")
     picture(path, signals, audio.SAMPLE_RATE)
@@ -159,6 +156,11 @@ def compare(mixture, target, output):
 
 
 def print_scores(signals):
+    """Print how much better the estimate is than the mixture, or how much quieter where the target is silent."""
+    mixture, target, estimate = (torch.from_numpy(signals[name]) for name in ("mixture", "target", "estimate"))
+    if not target.any():
+        print(f"the target does not speak; the estimate is {attenuation_db(estimate, mixture):.1f} dB quieter")
+        return
     before, after = (score(signals[name], signals["target"]) for name in ("mixture", "estimate"))
     print(f"SI-SDR: mixture {before:.1f} dB, estimate {after:.1f} dB, improvement {after - before:.1f} dB")
 
@@ -194,7 +196,7 @@ def play(samples, rate):
 
 def read_at_own_rate(path):
     with audio.Reader(path) as reader:
-        return np.concatenate(list(reader.blocks(CHUNK_SECONDS))), reader.rate
+        return np.concatenate(list(reader.blocks(BLOCK_SECONDS))), reader.rate
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import glob
 import os
+import re
 import shutil
 import sys
 import types
@@ -34,12 +36,17 @@ def whole(path):
     """Yield a temporary path beside `path` and rename it to `path` at the end: all of it or nothing.
 
     The temporary path keeps the suffix, so that writers which go by it work. What was written is removed
-    when the block raises. Works for a file or a folder. Raises `UserError` where nothing can be written.
+    when the block raises, and what a killed run left of it. Works for a file or a folder. Raises `UserError` where
+    nothing can be written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
+            process = int(re.search(r"\.(\d+)\.partial", left.name)[1])
+            if process == os.getpid() or not alive(process):
+                remove(left)
         yield partial
         if partial.is_dir() and path.is_dir():
             shutil.rmtree(path)
@@ -49,10 +56,26 @@ def whole(path):
         raise UserError(f"{path}: cannot be written ({what}); choose another place or free some disk") from error
     finally:
         with contextlib.suppress(OSError):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink(missing_ok=True)
+            remove(partial)
+
+
+def remove(path):
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def alive(process):
+    """Whether a process of this number runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def option(default, help, **argparse_options):
@@ -93,7 +116,7 @@ def parse(options_class, argv, description):
         positional = extra.pop("positional", False)
         has_factory = field.default_factory is not dataclasses.MISSING
         default = field.default_factory() if has_factory else field.default
-        if default not in (None, False, True, "", []):
+        if default not in (None, "", []) and not isinstance(default, bool):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             extra["help"] += f" (default: {shown})"
         kind = hints[field.name]

@@ -30,7 +30,7 @@ class Options:
 
 def main(argv):
     options = parse(Options, argv, __doc__)
-    folder = Path(options.data or next(iter(dataset.stores()), dataset.PREPROCESSED))
+    folder = Path(options.data or dataset.largest())
     rates = {}
     for compiled in (False, True):
         with tempfile.TemporaryDirectory() as output:

@@ -41,14 +41,13 @@ def test_a_stream_equals_the_whole_whatever_the_chunks(extractor, voice, mixture
     assert whole.shape == mixture.shape
     for lengths in ([1, 100, 255, 256, 257, 5000], [16000], [7]):
         stream, heard, start, turn = extractor.stream(voice), [], 0, 0
-        samples = mixture[:30000]
+        samples = mixture[: 117 * 256]  # whole hops, or the last would hold zeros where the whole goes on
         while start < len(samples):
             length = lengths[turn % len(lengths)] if turn < 40 else 4096
             heard.append(stream.feed(samples[start : start + length]))
             start, turn = start + length, turn + 1
         heard = np.concatenate([*heard, stream.flush()])
         assert len(heard) == len(samples) + stream.delay
-        # the whole goes on after these samples, so its last frames differ
         end = len(samples) - stream.delay
         assert np.abs(heard[stream.delay :][:end] - whole[:end]).max() < 1e-5 * np.abs(whole).max()
 
@@ -133,8 +132,14 @@ def test_one_bad_input_among_several_does_not_stop_the_others(script, checkpoint
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_estimate.wav"]
 
 
+def test_an_absent_target_gets_its_own_figure(capsys):
+    mixture = np.ones(1000, dtype=np.float32)
+    script_under_test.print_scores({"mixture": mixture, "target": 0 * mixture, "estimate": 0.1 * mixture})
+    assert "20.0 dB quieter" in capsys.readouterr().out
+
+
 def test_without_a_mixture_it_shows_a_validation_example(script, checkpoint, store, tmp_path):
-    done = script("test.py", "--data", store, "--checkpoint", checkpoint, "--output", tmp_path)
+    done = script("test.py", "--data", store, "--checkpoint", checkpoint, "--output", tmp_path, "--no-play")
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"mixture.wav", "target.wav", "estimate.wav", "spectrograms.png"}
@@ -209,6 +214,9 @@ def test_broken_recordings_are_refused(extractor, voice, tmp_path):
         ([MIXTURE, "--reference", REFERENCE, "--output", "/proc/no/out.wav"], "/proc/no/out.wav: cannot be written"),
         ([MIXTURE, "--reference", REFERENCE, "--output", "out.doc"], "cannot write .doc"),
         ([MIXTURE, MIXTURE, "--reference", REFERENCE], "same name"),
+        ([MIXTURE, "--reference", REFERENCE, "--output", MIXTURE], "is one of the recordings given"),
+        ([MIXTURE, "--reference", REFERENCE, "--target", REFERENCE], "not as long as"),
+        ([MIXTURE, "--reference", REFERENCE, "--device", "cuda:77"], "--device cuda:77: cannot be used"),
         (["--data", "nowhere"], "nowhere: no examples here"),
         (["--example", "100000", "--data", "{store}"], "no validation example 100000"),
     ],

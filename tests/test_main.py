@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import pytest
 import torch
+from conftest import SIZE
 
 import dataset
 import main
@@ -110,20 +114,80 @@ def test_it_goes_on_as_if_it_had_never_stopped(options, tmp_path, stop_at):
 
 
 def test_a_killed_training_goes_on(options, tmp_path):
-    options = dataclasses.replace(options, steps=12, every=2)
-    straight = trained(options)
+    options = dataclasses.replace(options, steps=200, every=2)
     killed = dataclasses.replace(options, output=str(tmp_path / "killed"))
-    for count in (1, 2):
+    rng = random.Random(0)
+    reached = 0
+    for _ in range(2):
         process = subprocess.Popen(arguments(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while len(main.checkpoints(killed.output)) < count and process.poll() is None and time.monotonic() < deadline:
+        while newest_step(killed) <= reached and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # any moment, that of writing among them
         process.kill()
         process.wait()
-        assert main.checkpoints(killed.output)
-    resumed = trained(killed)
-    assert resumed.step == 12
+        assert reached < newest_step(killed) < 150
+        reached = newest_step(killed)
+    end = reached + 5
+    resumed = trained(killed, stop_at=end)
+    straight = trained(options, stop_at=end)
     assert_same(weights(straight), weights(resumed))
+    assert not list((tmp_path / "killed").glob(f".*epoch-{reached // 10}_batch-{reached % 10}.*partial*"))
+
+
+def newest_step(options):
+    """The step of the newest checkpoint, by its name; an epoch has 10 steps."""
+    names = [path.stem for path in main.checkpoints(options.output)]
+    return max((int(re.split("[-_]", name)[2]) * 10 + int(re.split("[-_]", name)[4]) for name in names), default=0)
+
+
+def test_another_store_or_batch_size_is_refused_and_nothing_is_lost(options, tmp_path):
+    trained(options, stop_at=5)
+    kept = [path.name for path in main.checkpoints(options.output)]
+    trainer = main.Trainer(dataclasses.replace(options, batch_size=8), dataset.Path(options.data))
+    with pytest.raises(UserError, match="batch_size 4 there, 8 now"):
+        trainer.resume()
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    trainer.examples.index = trainer.examples.index[:20]
+    with pytest.raises(UserError, match=f"examples {SIZE} there, 20 now"):
+        trainer.resume()
+    assert [path.name for path in main.checkpoints(options.output)] == kept
+
+
+def test_with_broken_checkpoints_only_it_does_not_begin_anew(options):
+    trained(options, stop_at=1)
+    (path,) = main.checkpoints(options.output)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        main.Trainer(options, dataset.Path(options.data)).resume()
+
+
+def test_it_stops_after_the_epochs_and_the_minutes(options):
+    assert trained(dataclasses.replace(options, steps=100, epochs=1, every=50)).step == 10
+    minutes = dataclasses.replace(options, output=options.output + "-minutes", steps=100, minutes=1e-6)
+    assert trained(minutes).step == 1
+
+
+def test_an_output_that_cannot_be_written_is_a_clear_error(options, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        trained(dataclasses.replace(options, output=str(tmp_path / "file" / "extractor"), every=1))
+    with pytest.raises(UserError, match="logs"):
+        trained(dataclasses.replace(options, logs=str(tmp_path / "file" / "logs")))
+
+
+def test_a_mixture_that_is_the_target_does_not_rule_the_figure(options):
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    load = trainer.load
+
+    def clean(examples, chosen):
+        for batch in load(examples, chosen):
+            yield dataclasses.replace(batch, mixture=batch.target.clone())
+
+    trainer.load = clean
+    writer, bar = unittest.mock.MagicMock(), unittest.mock.MagicMock()
+    trainer.validate(writer, bar)
+    assert -main.MAX_SI_SDR - 10 < trainer.curve[0]["si_sdr_improvement"] <= 0
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(options):
