@@ -35,7 +35,7 @@ class Options(model.Config):
     batch_size: int = option(8, "examples a step")
     learning_rate: float = option(1.5e-3, "highest learning rate")
     warmup: int = option(200, "steps in which the learning rate rises")
-    decay: float = option(0.3, "share of the schedule, at its end, in which the learning rate falls to zero")
+    decay: float = option(0.65, "share of the schedule, at its end, in which the learning rate falls to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     spectral_weight: float = option(3.0, "weight of the spectral term beside the SI-SDR in dB")
     absent_weight: float = option(0.2, "weight of a dB of attenuation where the target is absent")

@@ -181,7 +181,8 @@ def children(process):
 
 
 def test_noise_and_music_are_held_out_even_if_few():
-    few = [corpora.Recording(Path(f"{n}.wav"), "music", "own", "own/a", 10.0) for n in range(5)]
+    some = [corpora.Recording(Path(f"{n}.wav"), "music", "own", "own/a", 10.0) for n in range(10)]
+    few = [recording for recording in some if not corpora.is_held_out(recording)][:5]
     train, validation = corpora.split_files(few)
     assert len(train) == 4
     assert len(validation) == 1
