@@ -77,7 +77,7 @@ NOISES = ("pink", "fan", "hum", "rain", "keyboard", "engine", "wind", "beeps")
 TIMBRES = ("organ", "strings", "bells", "guitar")
 MUSIC = (*TIMBRES, "drums", "band")
 TAKES = 2  # of each kind of noise and music
-EXAMPLE = ("rms", "slt")  # who speaks, and who talks over it, in the bundled mixture
+EXAMPLE = ("slt", "rms")  # who speaks, and who talks over it, in the bundled mixture
 EXAMPLE_SNR_DB = 10.0
 
 
