@@ -25,7 +25,7 @@ import fetch
 import mixing
 from encoder import SpeakerEncoder
 from model import Config, bf16_is_fast
-from utils import POSITIVE, ROOT, UserError, option, parse, require, run, whole
+from utils import POSITIVE, ROOT, UserError, differences, option, parse, require, run, whole
 
 BLOCK = 16  # examples that a worker makes at once
 AHEAD = 4  # blocks a worker that may be begun before the first is written
@@ -203,16 +203,9 @@ def begin(folder, settings):
     """Write settings.json, or check that the one there is the same."""
     if (folder / "settings.json").exists():
         before = dataset.read_settings(folder)
-        now = json.loads(json.dumps(settings))
-        differing = [
-            f"{k} {before.get(k)} there, {now.get(k)} now"
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
-        ]
+        differing = differences(before, json.loads(json.dumps(settings)))
         if differing:
-            raise UserError(
-                f"{folder}: made with other settings ({'; '.join(differing)}); remove it or choose another --size"
-            )
+            raise UserError(f"{folder}: made with other settings ({differing}); remove it or choose another --size")
     else:
         with whole(folder / "settings.json") as partial:
             partial.write_text(json.dumps(settings, indent=1))

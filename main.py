@@ -17,7 +17,7 @@ from tqdm import tqdm
 import dataset
 import model
 from metrics import attenuation_db, si_sdr, spectral_distance
-from utils import POSITIVE, ROOT, SHARE, UserError, option, parse, require, run
+from utils import POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
 
 MAX_SI_SDR = 30.0  # dB; a better estimate is not pushed further, or clean targets would rule the gradient
 GPU_SHARE = 0.5  # of the GPU's free memory that the examples may take
@@ -296,7 +296,7 @@ class Trainer:
                 continue
             now = self.identity(asdict(self.options), len(self.examples))
             before = self.identity(saved["options"] | saved["config"], saved["examples"])
-            differing = ", ".join(f"{k} {before[k]} there, {now[k]} now" for k in now if before[k] != now[k])
+            differing = differences(before, now)
             if differing:
                 raise UserError(
                     f"{path}: another training ({differing}); choose another --output or remove the checkpoints"

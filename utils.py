@@ -86,6 +86,12 @@ def option(default, help, **argparse_options):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def differences(before, now):
+    """What differs between two dictionaries, as text for an error; empty where nothing does."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)} there, {now.get(name)} now" for name in names)
+
+
 def require(options, condition, *names):
     """Raise `UserError` for the first of the named options whose value does not meet `condition`, (function, text)."""
     meets, text = condition
