@@ -1,6 +1,7 @@
 """Recordings in, recordings out: everything here that touches an audio file."""
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -189,6 +190,17 @@ class Resampler:
         return block
 
 
+@functools.cache
+def resampling_delay(rate_in, rate_out):
+    """Seconds by which what a `Resampler` returns is behind at most, measured: soxr works in blocks of its own."""
+    resampler, block = Resampler(rate_in, rate_out), np.zeros(rate_in // 1000, dtype=np.float32)
+    behind = []
+    for n in range(1000):
+        resampler.feed(block)
+        behind.append((n + 1) * len(block) / rate_in - resampler._out / rate_out)
+    return max(behind)
+
+
 def read(path, rate=SAMPLE_RATE):
     """Return a whole recording as mono float32 `(samples,)` at `rate` Hz; `UserError` as in `Reader`."""
     with Reader(path) as reader:
@@ -354,7 +366,7 @@ def _check_finite(samples, path):
 
 
 class Writer:
-    """Writes a mono recording block by block; it appears at `path` whole when the `with` block ends, or not at all.
+    """Writes a recording block by block; it appears at `path` whole when the `with` block ends, or not at all.
 
     The suffix tells the format: .wav and .flac in 16 bits, .ogg (Vorbis), .opus. Samples beyond -1 to 1 are clipped,
     never wrapped; `clipped` counts them. A 16-bit recording read and written again stays the same, bit for bit.
@@ -362,8 +374,8 @@ class Writer:
     Raises `UserError` for another suffix, a rate that the format does not hold, and where nothing can be written.
     """
 
-    def __init__(self, path, rate=SAMPLE_RATE):
-        self.path, self.rate = Path(path), rate
+    def __init__(self, path, rate=SAMPLE_RATE, channels=1):
+        self.path, self.rate, self.channels = Path(path), rate, channels
         self.clipped = 0
         self._written = 0
         if (suffix := self.path.suffix.lower()) not in FORMATS:
@@ -383,9 +395,9 @@ class Writer:
         return self._context.__exit__(*exception)
 
     def write(self, samples):
-        """Append `samples`, float `(samples,)`, full scale at 1."""
+        """Append `samples`, float `(samples,)` or, with several channels, `(samples, channels)`, full scale at 1."""
         samples = np.asarray(samples, dtype=np.float32)
-        assert samples.ndim == 1, samples.shape
+        assert samples.shape[1:] == (() if self.channels == 1 else (self.channels,)), samples.shape
         assert np.isfinite(samples).all()
         self.clipped += int(np.count_nonzero(np.abs(samples) > 1))
         for start in range(0, len(samples), WRITE_BLOCK):
@@ -403,7 +415,7 @@ class Writer:
         with whole(self.path) as partial:
             partial.touch()  # where nothing can be written this tells why, libsndfile does not
             with self._told():
-                file = _SoundFile(str(partial), "w", self.rate, 1, self._subtype, format=self._format)
+                file = _SoundFile(str(partial), "w", self.rate, self.channels, self._subtype, format=self._format)
             try:
                 yield file
             finally:

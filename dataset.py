@@ -25,6 +25,8 @@ from utils import ROOT, UserError, whole
 SHARD = 256
 SPLITS = ("train", "validation")
 REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFERENCE_SECONDS
+PRIMARY_SHARE = 0.1  # of training items come without a reference; their target is the loudest voice
+PRIMARY_SIR_DB = (3.0, 10.0)
 PREPROCESSED = ROOT / "datasets" / "preprocessed"
 
 
@@ -65,7 +67,10 @@ def largest(root=PREPROCESSED):
 
 @dataclass
 class Batch:
-    """Some examples: spectra (batch, freq, frames) complex64, dvector (batch, 256), absent (batch,) bool."""
+    """Some examples: spectra (batch, freq, frames) complex64, dvector (batch, 256), absent (batch,) bool.
+
+    A d-vector of zeros says that there is no reference, see `model.Network.forward`.
+    """
 
     mixture: torch.Tensor
     target: torch.Tensor
@@ -83,7 +88,8 @@ class Examples(torch.utils.data.Dataset):
     """The examples of one split of a store, read through memory maps or, given a device, held there as a whole.
 
     With `remix`, item i keeps its target and gets another example's interference, a third one's noise, a reference
-    length and new ratios, drawn anew for every (`seed`, `epoch`, i); the interfering voices are never the target's.
+    length and new ratios, drawn anew for every (`seed`, `epoch`, i); the interfering voices are never the target's. A
+    few items have no reference, and a target that is louder than the other voices.
     Without, it is as it was stored, with the longest reference. Raises `UserError` for a store that is not whole.
     """
 
@@ -136,6 +142,7 @@ class Examples(torch.utils.data.Dataset):
         )
         noise = self.part([r.noise for r in recipes], [2] * len(items), [r.gains[2] for r in recipes])
         dvector = self.dvectors[items, [recipe.reference for recipe in recipes]]
+        dvector[[n for n, recipe in enumerate(recipes) if recipe.primary]] = 0
         absent = torch.from_numpy(self.absent[items]).to(dvector.device)
         return Batch(target + interference + noise, target, dvector, absent)
 
@@ -151,7 +158,7 @@ class Examples(torch.utils.data.Dataset):
         """What item n is made of."""
         longest = len(REFERENCE_SECONDS) - 1
         if not self.remix:
-            return Recipe(n, 1, n, (1.0, 1.0, 1.0), longest)
+            return Recipe(n, 1, n, (1.0, 1.0, 1.0), longest, primary=False)
         rng = np.random.default_rng([self.seed, self.epoch, n])
         speaker = self.index[n]["target"]["speaker"]
         while True:
@@ -159,25 +166,27 @@ class Examples(torch.utils.data.Dataset):
             if speaker not in self.voices[donor][part]:
                 break
         noise = int(rng.integers(len(self)))
-        sir_db = rng.uniform(*self.settings["sir_db"])
+        primary = not self.absent[n] and rng.random() < PRIMARY_SHARE
+        sir_db = rng.uniform(*(PRIMARY_SIR_DB if primary else self.settings["sir_db"]))
         snr_db = rng.uniform(*self.settings["snr_db"])
         powers = self.powers[n, 0], self.powers[donor, part], self.powers[noise, 2]
         speech = powers[0] or powers[1] or 1.0
         ratio_db = sir_db if powers[0] else 0.0
         gains = (1.0, gain_between(speech, powers[1], ratio_db), gain_between(speech, powers[2], snr_db))
-        return Recipe(donor, part, noise, gains, int(rng.choice(longest + 1, p=REFERENCE_SHARES)))
+        return Recipe(donor, part, noise, gains, int(rng.choice(longest + 1, p=REFERENCE_SHARES)), primary)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An item's interference (part `part` of an example), its noise (of an example), the gains of its three parts and
-    its reference (one of REFERENCE_SECONDS, by number)."""
+    """An item's interference (part `part` of an example), its noise (of an example), the gains of its three parts, its
+    reference (one of REFERENCE_SECONDS, by number), and whether it is to be done without."""
 
     interference: int
     part: int
     noise: int
     gains: tuple
     reference: int
+    primary: bool
 
 
 def gain_between(power, other, ratio_db):

@@ -29,11 +29,12 @@ class Options(model.Config):
     data: str | None = option(None, "folder with examples (default: the largest in datasets/preprocessed)")
     output: str = option(str(ROOT / "models" / "extractor"), "folder for checkpoints; training goes on from the newest")
     logs: str = option(str(ROOT / "runs"), "folder for TensorBoard's logs")
+    begin_with: str | None = option(None, "checkpoint whose weights a new training begins with")
     steps: int = option(50000, "length of the learning rate's schedule; training ends there, a larger one extends it")
     minutes: float | None = option(None, "stop after this time")
     epochs: int | None = option(None, "stop after this many epochs")
     batch_size: int = option(8, "examples a step")
-    learning_rate: float = option(1.5e-3, "highest learning rate")
+    learning_rate: float = option(3e-3, "highest learning rate")
     warmup: int = option(200, "steps in which the learning rate rises")
     decay: float = option(0.65, "share of the schedule, at its end, in which the learning rate falls to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
@@ -82,7 +83,10 @@ class Trainer:
             raise UserError(f"{folder}: {len(self.examples)} examples; lower --batch-size to as many")
         torch.manual_seed(options.seed)
         self.network = model.Network(config).to(self.device)
-        self.network.standardise(self.examples.dvectors[:, -1])
+        if options.begin_with is None:
+            self.network.standardise(self.examples.dvectors[:, -1])
+        else:
+            self.network.load_state_dict(self.beginning(config))
         if options.compile:
             self.network.mask = torch.compile(self.network.mask)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=options.weight_decay)
@@ -91,6 +95,14 @@ class Trainer:
         self.curve = []  # a row for every validation
         self.seconds = 0.0  # of training so far
         self.stopping = False
+
+    def beginning(self, config):
+        """The weights of `--begin-with`. Raises `UserError` where they are another model's."""
+        network, _ = model.load(self.options.begin_with, self.device)
+        differing = differences(asdict(network.config), asdict(config))
+        if differing:
+            raise UserError(f"{self.options.begin_with}: another model ({differing}); give its options too")
+        return network.state_dict()
 
     def fits(self, folder):
         """Whether all spectra may be held in the GPU's memory."""

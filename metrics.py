@@ -22,6 +22,17 @@ def attenuation_db(estimate, mixture, eps=1e-8):
     return 10 * torch.log10((mixture.square().sum(-1) + eps) / (estimate.square().sum(-1) + eps))
 
 
+def over_suppression(estimate, target, frame=320):
+    """Share, 0 to 1, of the target's active frames that the estimate has with more than 10 dB less energy.
+
+    Signals (..., samples) with speech in the target; frames of `frame` samples, 20 ms, active within 40 dB of the
+    loudest. What is left of other voices hides suppression, so look at the wrong speakers, too.
+    """
+    estimate, target = (signal.unfold(-1, frame, frame).square().sum(-1) for signal in (estimate, target))
+    active = target > 1e-4 * target.amax(-1, keepdim=True)
+    return (active & (estimate < 0.1 * target)).sum(-1) / active.sum(-1)
+
+
 def spectral_distance(estimate, target, mixture, exponent=0.3, eps=1e-6):
     """Mean squared distance of compressed spectra (batch, freq, frames), complex and magnitude; returns (batch,).
 

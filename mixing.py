@@ -78,6 +78,7 @@ class Plan:
     equalise: bool  # reference and segment come from one recording, so their sound is made to differ
     room: bool
     seed: int  # of what `render` draws: equaliser curves and the room
+    more: list[Piece] = field(default_factory=list)  # of the target, after its first piece
 
 
 @dataclass
@@ -193,7 +194,8 @@ def render(plan, settings, rooms=()):
         draw_room(rng, rooms, 1 + len(plan.interference)) if plan.room else [None] * (1 + len(plan.interference))
     )
 
-    target = sound([plan.target] if plan.target else [], samples, responses[:1])
+    spoken = [plan.target, *plan.more] if plan.target else []
+    target = sound(spoken, samples, responses[:1] * len(spoken))
     reference = np.concatenate([load(piece) for piece in plan.reference])
     if plan.equalise:
         target, reference = equalise(target, curves[0]), equalise(reference, curves[1])
@@ -232,7 +234,7 @@ def index_row(plan, powers, gains):
     return {
         "target": who(plan.speaker),
         "absent": bool(powers[0] == 0),
-        "pieces": [what(plan.target)] if plan.target else [],
+        "pieces": [what(piece) for piece in (plan.target, *plan.more) if piece],
         "reference": [what(piece) for piece in plan.reference],
         "interference": [what(piece) for piece in plan.interference],
         "interferers": [who(piece.recording) for piece in plan.interference],

@@ -2,9 +2,10 @@
 
 In the line of VoiceFilter (Wang et al., 2019, arXiv:1810.04826): a mask over the STFT of the mixture, conditioned on
 the target speaker's d-vector; here causal, complex and small enough for one core of a laptop. Strided convolutions
-bring the frequencies down to a few bands, blocks of {dilated convolution over bands and time, a linear layer across
-the bands, an LSTM over time shared by the bands} look at voice and time, and a mirrored decoder returns to a mask for
-every frequency. The d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871).
+bring the frequencies down to a few bands, blocks of {dilated convolution over bands and time, an LSTM over time that
+sees all bands at once, an LSTM over time shared by the bands} look at voice and time, and a mirrored decoder returns to
+a mask for every frequency. The d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871); the
+pair of LSTMs for the whole band and for its parts follows FullSubNet (Hao et al., 2021, arXiv:2010.15508).
 """
 
 import io
@@ -29,15 +30,19 @@ class Config:
     dvector_size: int = 256
     n_fft: int = option(512, "length of the STFT's window in samples")
     hop: int = option(256, "hop of the STFT in samples")
-    channels: list[int] = option([24, 48, 64], "channels of the strided stages, each of which halves the frequencies")
+    channels: list[int] = option(
+        [16, 32, 64, 64], "channels of the strided stages, each of which halves the frequencies"
+    )
     dilations: list[int] = option([1, 2, 4, 8], "dilation in frames of each block's convolution, a block each")
-    hidden: int = option(64, "units of each block's LSTM")
+    hidden: int = option(64, "units of each block's LSTM that the bands share")
+    full_channels: int = option(12, "channels of each band that the LSTM over all bands sees")
+    full_hidden: int = option(192, "units of each block's LSTM over all bands")
     compression: float = option(0.3, "exponent on the magnitudes that the network sees")
     mask_bound: float = option(2.0, "largest magnitude of the mask")
     level_seconds: float = option(3.0, "time constant of the running level")
 
     def __post_init__(self):
-        require(self, POSITIVE, "n_fft", "hop", "hidden", "mask_bound", "level_seconds")
+        require(self, POSITIVE, "n_fft", "hop", "hidden", "full_channels", "full_hidden", "mask_bound", "level_seconds")
         require(self, (lambda values: values and min(values) > 0, "numbers more than 0"), "channels", "dilations")
         fits = self.n_fft % (2 * self.hop) == 0
         require(self, (lambda hop: fits, f"a whole part of half of --n-fft {self.n_fft}"), "hop")
@@ -58,7 +63,7 @@ class Config:
 
 
 class FiLM(nn.Module):
-    """Batch normalisation whose scale and shift are a linear function of the d-vector, then ReLU."""
+    """Batch normalisation whose scale and shift are a linear function of the voice, then ReLU."""
 
     def __init__(self, channels, dvector_size):
         super().__init__()
@@ -66,43 +71,87 @@ class FiLM(nn.Module):
         self.condition = nn.Linear(dvector_size, 2 * channels)
         self.activation = nn.ReLU()
 
-    def forward(self, x, dvector):
-        scale, shift = self.condition(dvector)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, x, voice):
+        scale, shift = self.condition(voice)[:, :, None, None].chunk(2, dim=1)
         return self.activation(self.norm(x) * (1 + scale) + shift)
 
 
-class Block(nn.Module):
-    """Convolution over bands and past frames, a linear layer across the bands, an LSTM over time; each residual."""
+class Recurrent(nn.LSTM):
+    """An LSTM over the frames of x (batch, sequences, frames, features); its memory is two tensors, batch first."""
 
-    def __init__(self, channels, bands, hidden, dilation, dvector_size):
+    def forward(self, x, memory):
+        batch, sequences, frames, _ = x.shape
+        memory = tuple(tensor.to(x.dtype).reshape(1, batch * sequences, self.hidden_size) for tensor in memory)
+        y, memory = super().forward(x.reshape(batch * sequences, frames, self.input_size), memory)
+        y = y.reshape(batch, sequences, frames, self.hidden_size)
+        return y, [tensor.reshape(batch, sequences, self.hidden_size) for tensor in memory]
+
+
+class FullBand(nn.Module):
+    """An LSTM over time that sees a few channels of all bands at once; the voice scales and shifts its output."""
+
+    def __init__(self, config):
         super().__init__()
-        self.history = 2 * dilation
+        channels, few, size = config.channels[-1], config.full_channels, config.bands[-1] * config.full_channels
+        self.squeeze = nn.Conv2d(channels, few, 1, bias=False)
+        self.norm = nn.BatchNorm2d(few)
+        self.lstm = Recurrent(size, config.full_hidden, batch_first=True)
+        self.condition = nn.Linear(config.dvector_size, 2 * config.full_hidden)
+        self.across = nn.Linear(config.full_hidden, size)
+        self.expand = nn.Conv2d(few, channels, 1)
+
+    def forward(self, x, voice, memory):
+        batch, _, bands, frames = x.shape
+        y = F.relu(self.norm(self.squeeze(x))).permute(0, 3, 1, 2).flatten(2)  # (batch, frames, few * bands)
+        y, memory = self.lstm(y[:, None], memory)
+        scale, shift = self.condition(voice)[:, None].chunk(2, dim=-1)
+        y = self.across(y[:, 0] * (1 + scale) + shift).reshape(batch, frames, -1, bands).permute(0, 2, 3, 1)
+        return self.expand(y.contiguous(memory_format=torch.channels_last)), memory
+
+
+class SubBand(nn.Module):
+    """An LSTM over time that the bands share, each with its own memory."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = config.channels[-1]
+        self.norm = nn.BatchNorm2d(channels)
+        self.lstm = Recurrent(channels, config.hidden, batch_first=True)
+        self.project = nn.Linear(config.hidden, channels)
+
+    def forward(self, x, memory):
+        y, memory = self.lstm(self.norm(x).permute(0, 2, 3, 1), memory)  # (batch, bands, frames, channels)
+        return self.project(y).permute(0, 3, 1, 2), memory
+
+
+class Block(nn.Module):
+    """Convolution over bands and past frames, an LSTM over all bands, an LSTM for each band; each residual."""
+
+    def __init__(self, config, dilation):
+        super().__init__()
+        self.config, self.history = config, 2 * dilation
+        channels = config.channels[-1]
         self.conv = nn.Conv2d(channels, channels, 3, padding=(1, 0), dilation=(1, dilation), bias=False)
-        self.film = FiLM(channels, dvector_size)
-        self.across = nn.Linear(bands, bands)
-        self.across_norm = nn.BatchNorm2d(channels)
-        self.lstm_norm = nn.BatchNorm2d(channels)
-        self.lstm = nn.LSTM(channels, hidden, batch_first=True)
-        self.project = nn.Linear(hidden, channels)
+        self.film = FiLM(channels, config.dvector_size)
+        self.full_band = FullBand(config)
+        self.sub_band = SubBand(config)
 
-    def forward(self, x, dvector, state):
+    def shapes(self):
+        """The shapes of the state's tensors, without the batch."""
+        config, bands = self.config, self.config.bands[-1]
+        full, sub = (1, config.full_hidden), (bands, config.hidden)
+        return [(config.channels[-1], bands, self.history), full, full, sub, sub]
+
+    def forward(self, x, voice, state):
         # x: (batch, channels, bands, frames)
-        batch, channels, bands, frames = x.shape
-        if state is None:
-            past, memory = x.new_zeros(batch, channels, bands, self.history), None
-        else:
-            past, memory = state
-        extended = torch.cat([past, x], dim=-1)
-        past = extended[..., frames:]
-        x = x + self.film(self.conv(extended.contiguous(memory_format=torch.channels_last)), dvector)
-
-        y = F.relu(self.across_norm(x)).permute(0, 3, 1, 2)  # (batch, frames, channels, bands)
-        x = x + self.across(y).permute(0, 2, 3, 1)
-
-        y = self.lstm_norm(x).permute(0, 2, 3, 1).reshape(batch * bands, frames, channels)
-        y, memory = self.lstm(y, memory)
-        y = self.project(y).reshape(batch, bands, frames, channels).permute(0, 3, 1, 2)
-        return x + y, (past, memory)
+        past, *memories = state
+        extended = torch.cat([past.to(x.dtype), x], dim=-1)
+        past = extended[..., x.shape[-1] :]
+        x = x + self.film(self.conv(extended.contiguous(memory_format=torch.channels_last)), voice)
+        y, full_memory = self.full_band(x, voice, memories[:2])
+        x = x + y
+        y, sub_memory = self.sub_band(x, memories[2:])
+        return x + y, [past, *full_memory, *sub_memory]
 
 
 class Network(nn.Module):
@@ -111,16 +160,15 @@ class Network(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        size, bands = config.dvector_size, config.bands
+        size = config.dvector_size
         inputs, outputs = [3, *config.channels], [2, *config.channels]
         kernel = {"kernel_size": (5, 1), "stride": (2, 1), "padding": (2, 0), "bias": False}
         self.down = nn.ModuleList(nn.Conv2d(a, b, **kernel) for a, b in pairwise(inputs))
         self.down_film = nn.ModuleList(FiLM(channels, size) for channels in config.channels)
-        self.blocks = nn.ModuleList(
-            Block(config.channels[-1], bands[-1], config.hidden, dilation, size) for dilation in config.dilations
-        )
+        self.blocks = nn.ModuleList(Block(config, dilation) for dilation in config.dilations)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
+        self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
         self.register_buffer("dvector_mean", torch.zeros(size))
         self.register_buffer("dvector_scale", torch.ones(()))
         self.to(memory_format=torch.channels_last)
@@ -128,37 +176,61 @@ class Network(nn.Module):
     def standardise(self, dvectors):
         """Take mean and scale of the training speakers' d-vectors (speakers, dvector_size).
 
-        The components of d-vectors are small and much the same for all voices; what differs is what counts. One scale
-        for all: components that are nearly always zero would become huge where they are not.
+        The components of d-vectors are much the same for all voices; what differs is what counts. One scale for all,
+        which makes the length 1: components that are nearly always zero would become huge where they are not.
         """
         self.dvector_mean.copy_(dvectors.mean(0))
-        self.dvector_scale.copy_(dvectors.std(0).square().mean().sqrt())
+        self.dvector_scale.copy_(dvectors.var(0).sum().sqrt())
+
+    def start(self, batch, device=None):
+        """The state of `extract` before the first sample, a list of tensors (batch, ...), all zero.
+
+        The first two are the STFT's, the rest is the state of `forward`.
+        """
+        shapes = [(self.config.stft.delay,)] * 2 + [(2,)] + [shape for block in self.blocks for shape in block.shapes()]
+        return [torch.zeros(batch, *shape, device=device) for shape in shapes]
 
     def forward(self, mixture, dvector, state=None):
         """Estimate the target's spectrum; training, files and streams all call this.
 
         `mixture` is (batch, freq, frames) complex64, `dvector` (batch, dvector_size), `state` that of the chunk
-        before, `None` at the start. Returns the estimate, of the mixture's shape, and the state.
+        before, `None` at the start. Returns the estimate, of the mixture's shape, and the state, see `start`. Without a
+        reference, the d-vector is all zeros, and the target is the primary speaker.
         """
-        level_state, block_states = state or (None, [None] * len(self.blocks))
+        level_state, *block_states = state or self.start(len(mixture), mixture.device)[2:]
         level, level_state = self.level(mixture, level_state)
-        dvector = (dvector - self.dvector_mean) / self.dvector_scale
-        mask, block_states = self.mask(self.features(mixture, level), dvector, block_states)
-        return self.bound(mask) * mixture, (level_state, block_states)
+        mask, block_states = self.mask(self.features(mixture, level), self.voice(dvector), block_states)
+        return self.bound(mask) * mixture, [level_state, *block_states]
+
+    def extract(self, samples, dvector, state=None):
+        """As `forward`, from samples (batch, hops * hop) to as many samples of the estimate, `config.stft.delay` late.
+
+        Returns the estimate and the state, a list of tensors (batch, ...).
+        """
+        stft = self.config.stft
+        analysis, synthesis, *state = state or self.start(len(samples), samples.device)
+        spectrum, analysis = stft.analyse(samples, analysis)
+        estimate, state = self(spectrum, dvector, state)
+        estimate, synthesis = stft.synthesise(estimate, synthesis)
+        return estimate, [analysis, synthesis, *state]
+
+    def voice(self, dvector):
+        """What conditions the network (batch, dvector_size): standardised d-vectors, a learned one for zeros."""
+        known = dvector.any(dim=-1, keepdim=True)
+        return torch.where(known, (dvector - self.dvector_mean) / self.dvector_scale, self.primary)
 
     def level(self, mixture, state):
         """Running root mean square (batch, 1, frames) of a spectrum, with exponentially fading weights."""
         power = torch.view_as_real(mixture).square().sum(-1).mean(1)
-        batch, frames = power.shape
+        frames = power.shape[1]
         rate = self.config.hop / self.config.sample_rate / self.config.level_seconds
         age = torch.arange(frames, device=power.device)
         age = age[:, None] - age  # (frame, earlier frame)
         weight = torch.exp(-rate * age.clamp(min=0)) * (age >= 0)
         fade = torch.exp(-rate * torch.arange(1, frames + 1, device=power.device))
-        total, count = state if state is not None else power.new_zeros(2, batch, 1)
-        total = (power[:, None] * weight).sum(-1) + total * fade
-        count = weight.sum(-1) + count * fade
-        return (total / count).sqrt()[:, None], torch.stack([total[:, -1:], count[:, -1:]])
+        total = (power[:, None] * weight).sum(-1) + state[:, :1] * fade
+        count = weight.sum(-1) + state[:, 1:] * fade
+        return (total / count).sqrt()[:, None], torch.stack([total[:, -1], count[:, -1]], dim=-1)
 
     def features(self, mixture, level):
         """What the network sees (batch, 3, freq, frames): compressed real and imaginary part, log magnitude."""
@@ -168,17 +240,18 @@ class Network(nn.Module):
         features = torch.stack([compressed[..., 0], compressed[..., 1], 0.1 * power.log()], dim=1)
         return features.contiguous(memory_format=torch.channels_last)
 
-    def mask(self, x, dvector, states):
-        """The unbounded mask (batch, 2, freq, frames) for features; takes and returns a list of the blocks' states."""
+    def mask(self, x, voice, states):
+        """The unbounded mask (batch, 2, freq, frames) for features; takes and returns the blocks' states, one list."""
         skips, new_states = [], []
         for conv, film in zip(self.down, self.down_film, strict=True):
-            x = film(conv(x), dvector)
+            x = film(conv(x), voice)
             skips.append(x)
-        for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, dvector, state)
-            new_states.append(state)
+        size = len(states) // len(self.blocks)
+        for n, block in enumerate(self.blocks):
+            x, state = block(x, voice, states[n * size : (n + 1) * size])
+            new_states.extend(state)
         for conv, film in zip(self.up[:-1], self.up_film, strict=True):
-            x = film(conv(x + skips.pop()), dvector)
+            x = film(conv(x + skips.pop()), voice)
         return self.up[-1](x + skips.pop()), new_states
 
     def bound(self, mask):
@@ -214,8 +287,9 @@ def load(path, device="cpu"):
 
 
 def bf16_is_fast(device):
-    """Whether bfloat16 autocast pays on a torch device: on GPUs, and on CPUs with AMX (5 to 8 times fp32)."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """Whether bfloat16 autocast pays on a torch device: on GPUs, and on CPUs with AMX (5 to 8 times fp32) or with
+    AVX-512's bfloat16 (1.6 times)."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def find_device(name):
@@ -240,7 +314,12 @@ def macs_per_second(config):
     bands, top, kernel = config.bands, config.channels[-1], 5
     down = sum(kernel * a * b * n for a, b, n in zip([3, *config.channels], config.channels, bands[1:], strict=False))
     up = sum(kernel * a * b * n for a, b, n in zip([2, *config.channels], config.channels, bands[1:], strict=False))
-    conv, across = 9 * top * top * bands[-1], top * bands[-1] ** 2
-    lstm = (4 * config.hidden * (top + config.hidden) + config.hidden * top) * bands[-1]
-    per_frame = down + up + len(config.dilations) * (conv + across + lstm)
+    size, conv, few = bands[-1], 9 * top * top * bands[-1], config.full_channels
+    full = 2 * top * few * size + lstm_macs(few * size, config.full_hidden) + config.full_hidden * few * size
+    sub = (lstm_macs(top, config.hidden) + config.hidden * top) * size
+    per_frame = down + up + len(config.dilations) * (conv + full + sub)
     return per_frame * config.sample_rate / config.hop
+
+
+def lstm_macs(inputs, hidden):
+    return 4 * hidden * (inputs + hidden)

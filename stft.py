@@ -1,5 +1,6 @@
 """The short-time Fourier transform that the store, the network, files and streams all share."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class Stft:
         return self.n_fft - self.hop
 
     def window(self, device=None):
-        return torch.hann_window(self.n_fft, periodic=True, device=device).sqrt()
+        # the root of a periodic Hann window
+        return torch.sin(torch.arange(self.n_fft, device=device) * (math.pi / self.n_fft))
 
     def analyse(self, samples, state=None):
         """Transform samples (batch, hops * hop) to a complex spectrum (batch, freq, hops); returns it and the state."""
@@ -41,7 +43,13 @@ class Stft:
     def synthesise(self, spectrum, state=None):
         """Overlap-add a complex spectrum (batch, freq, hops) to samples (batch, hops * hop); returns them and state."""
         batch, _, hops = spectrum.shape
-        frames = torch.fft.irfft(spectrum, n=self.n_fft, dim=1) * self.window(spectrum.device)[:, None]
+        # what irfft returns, in terms that older versions of onnxruntime know: the bins without a mirror image once
+        bins = torch.arange(self.n_freq, device=spectrum.device)
+        twice = 2.0 - ((bins == 0) | (bins == self.n_fft // 2)).float()
+        parts = torch.view_as_real(spectrum) * twice[:, None, None]
+        parts = F.pad(parts, (0, 0, 0, 0, 0, self.n_fft - self.n_freq))
+        frames = torch.fft.ifft(torch.view_as_complex(parts), dim=1).real
+        frames = frames * self.window(spectrum.device)[:, None]
         length = (hops - 1) * self.hop + self.n_fft
         samples = F.fold(frames, (1, length), (1, self.n_fft), stride=(1, self.hop)).reshape(batch, length)
         samples = samples * (2 * self.hop / self.n_fft)

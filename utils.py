@@ -111,7 +111,7 @@ def parse(options_class, argv, description):
     """Fill the dataclass `options_class` from `argv`; the fields' defaults and help texts make the command line.
 
     `bool` fields become `--name/--no-name`, `list[str]` fields take one or more values, `X | None` fields take
-    an X and stay `None` without one.
+    an X and stay `None` without one. A field `from_` becomes `--from`.
     """
     parser = argparse.ArgumentParser(description=description)
     hints = typing.get_type_hints(options_class)
@@ -135,6 +135,8 @@ def parse(options_class, argv, description):
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["type"] = kind
-        name = field.name if positional else "--" + field.name.replace("_", "-")
+        if not positional:
+            extra["dest"] = field.name
+        name = field.name if positional else "--" + field.name.rstrip("_").replace("_", "-")
         parser.add_argument(name, default=default, **extra)
     return options_class(**vars(parser.parse_args(argv)))

@@ -19,8 +19,8 @@ import main
 import model
 from utils import ROOT, UserError
 
-SMALL = {"channels": [8, 8, 8], "dilations": [1, 2], "hidden": 8}
-SMALL_ARGUMENTS = ["--channels", 8, 8, 8, "--dilations", 1, 2, "--hidden", 8]
+SMALL = {"channels": [8, 8, 8], "dilations": [1, 2], "hidden": 8, "full_channels": 2, "full_hidden": 8}
+SMALL_ARGUMENTS = ["--channels", 8, 8, 8, "--dilations", 1, 2, "--hidden", 8, "--full-channels", 2, "--full-hidden", 8]
 
 
 @pytest.fixture

@@ -122,13 +122,16 @@ def test_the_formula_for_the_cost_counts_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     # the counter does not know recurrent layers, nor what is done once for a voice
-    for block in network.blocks:
-        block.lstm = Echo(config.hidden)
-    for film in [*network.down_film, *network.up_film, *(block.film for block in network.blocks)]:
-        film.condition = Constant(film.condition.out_features)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, model.Recurrent):
+            network.set_submodule(name, Echo(module.hidden_size))
+        elif name.endswith("condition"):
+            network.set_submodule(name, Constant(module.out_features))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(mixture, dvector)
-    lstm = 4 * config.hidden * (config.channels[-1] + config.hidden) * config.bands[-1] * len(config.dilations)
+    sub_band = 4 * config.hidden * (config.channels[-1] + config.hidden) * config.bands[-1]
+    full_band = 4 * config.full_hidden * (config.full_channels * config.bands[-1] + config.full_hidden)
+    lstm = len(config.dilations) * (sub_band + full_band)
     counted = counter.get_total_flops() / 2 / frames + lstm
     assert counted * config.sample_rate / config.hop == pytest.approx(model.macs_per_second(config), rel=0.02)
 
@@ -139,7 +142,7 @@ class Echo(torch.nn.Module):
         self.hidden = hidden
 
     def forward(self, x, memory):
-        return x.new_zeros(*x.shape[:2], self.hidden), memory
+        return x.new_zeros(*x.shape[:3], self.hidden), memory
 
 
 class Constant(torch.nn.Module):
