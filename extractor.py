@@ -1,13 +1,36 @@
-"""A trained network in use: a reference becomes a voice, a mixture's samples become that voice's samples."""
+"""A trained network in use: a reference becomes a voice, a mixture's samples become that voice's samples.
+
+`test.py`, `live.py`, `evaluate.py` and whoever imports this project use an `Extractor`:
+
+    extractor = Extractor()
+    voice = extractor.enroll(reference)         # or None: the primary speaker
+    estimate = extractor.extract(mixture, voice)
+
+    stream = extractor.stream(voice, rate=48000)
+    estimate = stream.feed(samples)             # again and again, any number of samples
+    estimate = stream.flush()
+"""
+
+import hashlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 
 import model
+from audio import SAMPLE_RATE, Resampler, resampling_delay
 from encoder import SpeakerEncoder
-from utils import ROOT
+from utils import ROOT, UserError, whole
 
 CHECKPOINTS = ROOT / "models" / "extractor"
+PRIMARY_SECONDS, PRIMARY_STEP_SECONDS = 5.0, 1.0  # what the primary speaker is enrolled from, and where it may begin
+FRAME = 320  # samples that a level is measured over
+PRIMARY_LEVEL = 1e-8  # its median power at least, full scale 1
+LOUDEST = 1e4  # samples of a stream are clipped to this, 80 dB over full scale
 CHUNK = 2**17  # samples at most that go through the network at once, a whole number of hops
 
 
@@ -17,77 +40,216 @@ def default_checkpoint():
     return best if best.exists() else CHECKPOINTS / "pretrained.pt"
 
 
+@dataclass(frozen=True)
+class Voice:
+    """What a reference says of a speaker: a d-vector (256,), float32; all zeros for the primary speaker."""
+
+    dvector: torch.Tensor
+
+    def save(self, path):
+        """Write it to a small file. Raises `UserError` where that cannot be written."""
+        with whole(path) as partial:
+            torch.save({"dvector": self.dvector}, partial)
+
+    @staticmethod
+    def load(path):
+        """Read what `save` wrote. Raises `UserError` for anything else."""
+        try:
+            dvector = torch.load(path, map_location="cpu", weights_only=True)["dvector"].float()
+            if dvector.shape != PRIMARY.dvector.shape or not dvector.isfinite().all():
+                raise ValueError("another size")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such voice; save one with: live.py --enroll 5 --save {path}") from None
+        except Exception as error:
+            raise UserError(f"{path}: not a saved voice; give a recording with --reference instead") from error
+        return Voice(dvector)
+
+
+PRIMARY = Voice(torch.zeros(SpeakerEncoder.size))
+
+
 class Extractor:
     """A checkpoint on a device, by default `default_checkpoint`.
 
-    Voices are d-vectors (256,), samples are numpy float32 (samples,) at 16 kHz. Raises `UserError` where the checkpoint
-    or the device cannot be used.
+    Samples are numpy float32 (samples,), at 16 kHz unless a rate is given. A voice of `None` is the primary speaker.
+    Raises `UserError` where the checkpoint or the device cannot be used.
     """
 
     def __init__(self, checkpoint=None, device="cpu"):
+        checkpoint = Path(checkpoint or default_checkpoint())
         self.device = model.find_device(device)
-        self.network, self.checkpoint = model.load(checkpoint or default_checkpoint(), self.device)
+        self.network, self.checkpoint = model.load(checkpoint, self.device)
         self.encoder = SpeakerEncoder().to(self.device)
+        self.graph = find_graph(checkpoint.with_suffix(".onnx"), self.network) if self.device.type == "cpu" else None
 
     @property
     def sample_rate(self):
         return self.network.config.sample_rate
 
+    @property
+    def stft(self):
+        return self.network.config.stft
+
     def enroll(self, reference):
-        """The voice of a reference (samples,), of 1 s or more."""
-        return self.encoder.dvectors([reference])[0]
+        """The `Voice` of a reference (samples,), of 1 s or more."""
+        return Voice(self.encoder.dvectors([reference])[0].cpu())
 
-    def stream(self, voice):
-        """A new `Stream` that keeps this voice."""
-        return Stream(self.network, voice, self.device)
+    def enroll_primary(self, blocks):
+        """The `Voice` of the loudest sustained voice in a mixture that comes in blocks at 16 kHz, heard from itself.
 
-    def extract(self, mixture, voice):
+        The reference is the piece of PRIMARY_SECONDS of the estimate without a reference whose median level is highest.
+        Returns the voice and the second at which the piece begins; `None` for both where there is no such piece.
+        """
+        size, step = (round(seconds * self.sample_rate) for seconds in (PRIMARY_SECONDS, PRIMARY_STEP_SECONDS))
+        heard, position = np.zeros(0, dtype=np.float32), 0
+        loudest, reference, start = PRIMARY_LEVEL, None, None
+        for block in self.extract_blocks(blocks):
+            heard = np.concatenate([heard, block])
+            while len(heard) >= size:
+                level = np.median(np.square(heard[:size]).reshape(-1, FRAME).mean(1))
+                if level > loudest:
+                    loudest, reference, start = level, heard[:size], position
+                heard, position = heard[step:], position + step
+        if reference is None:
+            return None, None
+        return self.enroll(reference), start / self.sample_rate
+
+    def stream(self, voice=None, rate=SAMPLE_RATE):
+        """A new `Stream` that keeps this voice of samples at `rate` Hz."""
+        return Stream(self, voice, rate)
+
+    def extract(self, mixture, voice=None, rate=SAMPLE_RATE):
         """The voice in a mixture (samples,), as long as it and in time with it."""
-        return np.concatenate(list(self.extract_blocks([mixture], voice)))
+        return np.concatenate(list(self.extract_blocks([mixture], voice, rate)))
 
-    def extract_blocks(self, blocks, voice):
+    def extract_blocks(self, blocks, voice=None, rate=SAMPLE_RATE):
         """The voice in a mixture that comes in blocks of any length; yields blocks whose sum is as long and in time."""
-        stream = self.stream(voice)
-        ahead = stream.delay  # samples that come before the mixture's first
+        stream = self.stream(voice, rate)
         for block in blocks:
-            estimate = stream.feed(block)
-            yield estimate[ahead:]
-            ahead -= min(ahead, len(estimate))
-        yield stream.flush()[ahead:]
+            yield stream.feed(block)
+        yield stream.flush()
+
+    def feed(self, streams, blocks):
+        """Feed a block of samples to each of some streams of this extractor, in one go; returns what each returns.
+
+        Streams that have as many hops ready go through the network together.
+        """
+        ready = [stream.take(block) for stream, block in zip(streams, blocks, strict=True)]
+        estimates = [samples[:0] for samples in ready]
+        for length in {len(samples) for samples in ready} - {0}:
+            members = [n for n, samples in enumerate(ready) if len(samples) == length]
+            together = self.advance([streams[n] for n in members], np.stack([ready[n] for n in members]))
+            for n, estimate in zip(members, together, strict=True):
+                estimates[n] = estimate
+        return [stream.give(estimate) for stream, estimate in zip(streams, estimates, strict=True)]
+
+    @torch.inference_mode()
+    def advance(self, streams, samples):
+        """The estimates (streams, samples), whole hops at 16 kHz, `stft.delay` late, of the next samples of streams."""
+        dvectors = torch.stack([stream.voice.dvector for stream in streams]).to(self.device)
+        state = [torch.cat(tensors) for tensors in zip(*(stream.state for stream in streams), strict=True)]
+        estimates = []
+        one_hop = samples.shape[1] == self.stft.hop
+        extract = self.graph if self.graph is not None and one_hop else self.network.extract
+        for chunk in torch.from_numpy(samples).to(self.device).split(CHUNK, dim=-1):
+            estimate, state = extract(chunk, dvectors, state)
+            estimates.append(estimate)
+        for n, stream in enumerate(streams):
+            stream.state = [tensor[n : n + 1] for tensor in state]
+        return torch.cat(estimates, dim=-1).cpu().numpy()
+
+    def start(self):
+        """The state of a stream before its first sample, see `Network.extract`."""
+        return self.network.start(1, self.device)
+
+
+class HopGraph:
+    """`Network.extract` for one hop, as the graph that `export.py` wrote; several times as fast on a CPU."""
+
+    def __init__(self, path):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # it is too little work to share
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.inputs = [tensor.name for tensor in self.session.get_inputs()]
+        self.weights = self.session.get_modelmeta().custom_metadata_map.get("weights")
+
+    def __call__(self, samples, dvector, state):
+        values = [tensor.numpy() for tensor in (samples, dvector, *state)]
+        estimate, *state = map(torch.from_numpy, self.session.run(None, dict(zip(self.inputs, values, strict=True))))
+        return estimate, state
+
+
+def find_graph(path, network):
+    """The `HopGraph` in a file, or `None` where there is none of these weights."""
+    if not path.exists():
+        return None
+    try:
+        graph = HopGraph(path)
+    except Exception:  # onnxruntime's errors have no common class
+        graph = None
+    if graph is None or graph.weights != digest(network):
+        print(f"warning: {path}: not the graph of this checkpoint; write it with: python3 export.py", file=sys.stderr)
+        return None
+    return graph
+
+
+def digest(network):
+    """A hash of a network's weights, by which a graph says whose it is."""
+    weights = network.state_dict()
+    return hashlib.sha256(b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))).hexdigest()
 
 
 class Stream:
-    """One mixture on its way through the network; all state is here, so many streams share one network."""
+    """One mixture on its way through an extractor; all state is here, so many streams share one network.
 
-    def __init__(self, network, voice, device):
-        self.network, self.stft, self.device = network, network.config.stft, device
-        self.voice = voice[None].to(device)
-        self.waiting = np.zeros(0, dtype=np.float32)  # samples that are no whole hop yet
-        self.analysis = self.state = self.synthesis = None
+    `voice` may be replaced at any time; the estimate fades over within a window of the STFT.
+    """
+
+    def __init__(self, extractor, voice=None, rate=SAMPLE_RATE):
+        self.extractor, self.voice, self.rate = extractor, voice or PRIMARY, rate
+        self.there = Resampler(rate, extractor.sample_rate)
+        self.back = Resampler(extractor.sample_rate, rate)
+        self.waiting = np.zeros(0, dtype=np.float32)  # samples at 16 kHz that are no whole hop yet
+        self.early = extractor.stft.delay  # samples of the estimate that are before the mixture's first
+        self.fed = self.returned = 0  # samples at `rate`
+        self.state = extractor.start()
 
     @property
     def delay(self):
-        """Samples by which the estimate lags behind the mixture."""
-        return self.stft.delay
+        """The most samples of the estimate that can be missing after a `feed`: the latency, without sound card."""
+        rate = self.extractor.sample_rate
+        converting = resampling_delay(self.rate, rate) + resampling_delay(rate, self.rate)
+        return math.ceil((self.extractor.stft.n_fft / rate + converting) * self.rate)
 
-    @torch.inference_mode()
     def feed(self, samples):
-        """Take samples (any number,) of the mixture; returns the estimate of all whole hops so far, `delay` late."""
-        self.waiting = np.concatenate([self.waiting, np.asarray(samples, dtype=np.float32)])
-        whole = len(self.waiting) // self.stft.hop * self.stft.hop
-        ready, self.waiting = self.waiting[:whole], self.waiting[whole:]
-        return np.concatenate([ready[:0], *(self.step(ready[n : n + CHUNK]) for n in range(0, whole, CHUNK))])
-
-    def step(self, samples):
-        """The estimate of some whole hops."""
-        chunk = torch.from_numpy(samples)[None].to(self.device)
-        spectrum, self.analysis = self.stft.analyse(chunk, self.analysis)
-        estimate, self.state = self.network(spectrum, self.voice, self.state)
-        estimate, self.synthesis = self.stft.synthesise(estimate, self.synthesis)
-        return estimate[0].cpu().numpy()
+        """Take samples (any number,) of the mixture; returns what is ready of the estimate, in time with it."""
+        return self.extractor.feed([self], [samples])[0]
 
     def flush(self):
-        """The rest, once the mixture has ended: with all of `feed`, `delay` samples more than went in."""
-        missing = len(self.waiting) + self.delay
-        padding = -(-missing // self.stft.hop) * self.stft.hop - len(self.waiting)
-        return self.feed(np.zeros(padding))[:missing]
+        """The rest, once the mixture has ended: with all of `feed`, as many samples as went in."""
+        stft = self.extractor.stft
+        rest = np.concatenate([self.waiting, self.there.flush()])
+        self.waiting = np.zeros(0, dtype=np.float32)
+        padding = -(len(rest) + stft.delay) % stft.hop + stft.delay
+        estimate = self.extractor.advance([self], np.pad(rest, (0, padding))[None])[0]
+        estimate = estimate[self.early : len(rest) + stft.delay]
+        estimate = np.concatenate([self.back.feed(estimate), self.back.flush()])
+        missing = self.fed - self.returned - len(estimate)  # rounding there and back can make one too many or too few
+        return np.pad(estimate, (0, missing)) if missing > 0 else estimate[: len(estimate) + missing]
+
+    def take(self, samples):
+        """Add samples at `rate` to those that wait; returns the whole hops that are ready."""
+        # what is no sound must not stay in the network's memory for ever
+        samples = np.nan_to_num(np.asarray(samples, dtype=np.float32), nan=0.0).clip(-LOUDEST, LOUDEST)
+        self.fed += len(samples)
+        self.waiting = np.concatenate([self.waiting, self.there.feed(samples)])
+        size = len(self.waiting) // self.extractor.stft.hop * self.extractor.stft.hop
+        ready, self.waiting = self.waiting[:size], self.waiting[size:]
+        return ready
+
+    def give(self, estimate):
+        """The network's estimate as the stream returns it: in time and at `rate`."""
+        early, self.early = self.early, max(0, self.early - len(estimate))
+        estimate = self.back.feed(estimate[early:])
+        self.returned += len(estimate)
+        return estimate

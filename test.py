@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import audio
 import dataset
-from extractor import Extractor
+from extractor import PRIMARY_SECONDS, Extractor, Voice
 from metrics import attenuation_db, si_sdr
 from model import DEVICE
 from utils import ROOT, UserError, option, parse, run, whole
@@ -28,7 +28,12 @@ class Options:
     mixture: list[str] = option(
         [], "recordings to extract from; none: an example of the validation set", positional=True
     )
-    reference: str | None = option(None, "recording of the wanted voice alone, 1 s or more")
+    reference: str | None = option(
+        None, "recording of the wanted voice alone, 1 s or more; none: the primary, loudest speaker"
+    )
+    self_enroll: bool | None = option(
+        None, "without a reference, take one from the first estimate (default: where a recording has 5 s or more)"
+    )
     target: str | None = option(None, "recording of what is right, if known: prints SI-SDR, saves a picture beside it")
     output: str | None = option(None, "file for one mixture, folder for several or for an example (default: results)")
     checkpoint: str | None = option(None, "checkpoint (default: models/extractor/best.pt, else the shipped one)")
@@ -40,8 +45,6 @@ class Options:
 
 def main(argv):
     options = parse(Options, argv, __doc__)
-    if options.mixture and not options.reference:
-        raise UserError(f"{options.mixture[0]}: whose voice? give a recording of it with --reference")
     if options.reference and not options.mixture:
         raise UserError(f"{options.reference}: a reference needs a MIXTURE to extract from")
     extractor = Extractor(options.checkpoint, options.device)
@@ -49,16 +52,18 @@ def main(argv):
         return extract_example(extractor, options)
     if options.target and len(options.mixture) > 1:
         raise UserError(f"{options.target}: a target goes with one mixture; leave it out or give one")
-    reference = audio.read(options.reference)
-    audio.check_reference(reference, options.reference)
-    voice = extractor.enroll(reference)
+    voice = None
+    if options.reference:
+        reference = audio.read(options.reference)
+        audio.check_reference(reference, options.reference)
+        voice = extractor.enroll(reference)
     target = audio.read(options.target) if options.target else None
     failed = 0
     for path, output in outputs(options):
         try:
             if target is not None and len(target) != len(audio.read(path)):
                 raise UserError(f"{options.target}: not as long as {path}; give the target's part of this mixture")
-            extract_file(extractor, voice, path, output)
+            extract_file(extractor, voice or primary(extractor, path, options.self_enroll), path, output)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
@@ -91,35 +96,39 @@ def outputs(options):
     return pairs
 
 
+def primary(extractor, path, self_enroll):
+    """The voice of a recording's primary speaker, heard from itself; `None` where that is not wanted or not possible.
+
+    Without a wish (`None`), recordings of PRIMARY_SECONDS or more are heard.
+    """
+    with audio.Reader(path) as reader:
+        long = reader.frames is None or reader.frames >= PRIMARY_SECONDS * reader.rate
+        if not (long if self_enroll is None else self_enroll):
+            return None
+        resampler = audio.Resampler(reader.rate, extractor.sample_rate)
+        blocks = progress(reader, f"{Path(path).name}, who speaks")
+        voice, start = extractor.enroll_primary(resampler.feed(block) for block in blocks)
+    if voice is None:
+        print(f"{path}: no voice is heard for {PRIMARY_SECONDS:g} s, so nothing of it is taken as a reference")
+    else:
+        print(f"{path}: the reference is what was heard from {start:g} to {start + PRIMARY_SECONDS:g} s")
+    return voice
+
+
+def progress(reader, name):
+    """The blocks of a recording, with a progress bar."""
+    total = reader.frames and reader.frames / reader.rate
+    with tqdm(total=total, unit="s", unit_scale=True, desc=name, disable=None) as bar:
+        for block in reader.blocks(BLOCK_SECONDS):
+            bar.update(len(block) / reader.rate)
+            yield block
+
+
 def extract_file(extractor, voice, path, output):
     """Extract a voice from a recording of any length into one of the same rate and length."""
     with audio.Reader(path) as reader, audio.Writer(output, reader.rate) as writer:
-        there = audio.Resampler(reader.rate, extractor.sample_rate)
-        back = audio.Resampler(extractor.sample_rate, reader.rate)
-        read = 0
-
-        def mixture():
-            nonlocal read
-            total = reader.frames and reader.frames / reader.rate
-            with tqdm(total=total, unit="s", unit_scale=True, desc=Path(path).name, disable=None) as bar:
-                for block in reader.blocks(BLOCK_SECONDS):
-                    read += len(block)
-                    bar.update(len(block) / reader.rate)
-                    yield there.feed(block)
-            yield there.flush()
-
-        def estimate():
-            for block in extractor.extract_blocks(mixture(), voice):
-                yield back.feed(block)
-            yield back.flush()
-
-        written = 0
-        for block in estimate():
-            # rounding there and back can make a sample too many or too few
-            block = block[: read - written]
+        for block in extractor.extract_blocks(progress(reader, Path(path).name), voice, reader.rate):
             writer.write(block)
-            written += len(block)
-        writer.write(np.zeros(read - written))
 
 
 def extract_example(extractor, options):
@@ -132,7 +141,7 @@ def extract_example(extractor, options):
     batch = examples[options.example]
     signals = examples.stft.samples(torch.cat([batch.mixture, batch.target]), examples.samples)
     mixture, target = signals.numpy()
-    estimate = extractor.extract(mixture, batch.dvector[0])
+    estimate = extractor.extract(mixture, Voice(batch.dvector[0]))
     place = Path(options.output or RESULTS)
     signals = {"mixture": mixture, "target": target, "estimate": estimate}
     print_scores(signals)
