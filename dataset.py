@@ -25,8 +25,11 @@ from utils import ROOT, UserError, whole
 SHARD = 256
 SPLITS = ("train", "validation")
 REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFERENCE_SECONDS
-PRIMARY_SHARE = 0.1  # of training items come without a reference; their target is the loudest voice
+PRIMARY_SHARE = 0.1  # of pairs have one voice that is louder and is wanted without a reference
 PRIMARY_SIR_DB = (3.0, 10.0)
+NOISE_SHARE = 0.5  # of pairs get an example's noise, if it has any: voices are what is to be learnt first
+TARGET, INTERFERENCE, NOISE = map(PARTS.index, ("target", "interference", "noise"))
+TRIES = 1000  # to find an example that fits
 PREPROCESSED = ROOT / "datasets" / "preprocessed"
 
 
@@ -87,10 +90,13 @@ class Batch:
 class Examples(torch.utils.data.Dataset):
     """The examples of one split of a store, read through memory maps or, given a device, held there as a whole.
 
-    With `remix`, item i keeps its target and gets another example's interference, a third one's noise, a reference
-    length and new ratios, drawn anew for every (`seed`, `epoch`, i); the interfering voices are never the target's. A
-    few items have no reference, and a target that is louder than the other voices.
-    Without, it is as it was stored, with the longest reference. Raises `UserError` for a store that is not whole.
+    With `remix`, neighbours in a batch are a pair: their targets are mixed at a new ratio, in a share of pairs with a
+    third example's interference or a fourth's noise, all drawn anew for every (`seed`, `epoch`, pair). Each of the two
+    is the target of one item, so that nothing but the d-vector tells what is right. In a share of pairs one speaks
+    alone; in a share of items somebody is wanted who does not speak, or the louder voice without a reference. Without
+    `remix` an item is as it was stored, with the longest reference.
+
+    Raises `UserError` for a store that is not whole.
     """
 
     def __init__(self, folder, split, remix=False, seed=0, device=None):
@@ -114,8 +120,8 @@ class Examples(torch.utils.data.Dataset):
         self.powers = np.array([row["powers"] for row in self.index])
         self.absent = np.array([row["absent"] for row in self.index])
         # the speakers that sound in each part; noise has none
-        self.voices = [
-            [set() if row["absent"] else {row["target"]["speaker"]}, {v["speaker"] for v in row["interferers"]}]
+        self.speakers = [
+            [set() if row["absent"] else {row["target"]["speaker"]}, {v["speaker"] for v in row["interferers"]}, set()]
             for row in self.index
         ]
         if device is not None:
@@ -135,58 +141,98 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitems__(self, items):
         """The `Batch` of these items."""
-        recipes = [self.recipe(n) for n in items]
-        target = self.part(items, [0] * len(items), [recipe.gains[0] for recipe in recipes])
-        interference = self.part(
-            [r.interference for r in recipes], [r.part for r in recipes], [r.gains[1] for r in recipes]
-        )
-        noise = self.part([r.noise for r in recipes], [2] * len(items), [r.gains[2] for r in recipes])
-        dvector = self.dvectors[items, [recipe.reference for recipe in recipes]]
-        dvector[[n for n, recipe in enumerate(recipes) if recipe.primary]] = 0
-        absent = torch.from_numpy(self.absent[items]).to(dvector.device)
-        return Batch(target + interference + noise, target, dvector, absent)
+        recipes = self.recipes(items) if self.remix else [self.stored(n) for n in items]
+        spectra = {sound: self.spectrum(sound) for recipe in recipes for sound in recipe.sounds}  # a pair's only once
+        batch = []
+        for recipe in recipes:
+            mixture = sum(spectra[sound] for sound in recipe.sounds)
+            target = torch.zeros_like(mixture) if recipe.target is None else spectra[recipe.target]
+            dvector = self.dvectors[recipe.wanted, recipe.reference]
+            dvector = torch.zeros_like(dvector) if recipe.primary else dvector
+            batch.append((mixture, target, dvector, torch.tensor(recipe.target is None, device=mixture.device)))
+        return Batch(*map(torch.stack, zip(*batch, strict=True)))
 
-    def part(self, items, parts, gains):
-        """Stored spectra (len(items), freq, frames), complex64, times `gains`."""
-        rows = [self.shards[n // SHARD][n % SHARD, part] for n, part in zip(items, parts, strict=True)]
+    def spectrum(self, sound):
+        """The spectrum (freq, frames), complex64, of a `Sound`."""
+        row = self.shards[sound.example // SHARD][sound.example % SHARD, sound.part]
         if self.device is None:
-            rows = [torch.from_numpy(np.array(row)) for row in rows]
-        spectra = torch.view_as_complex(torch.stack(rows).float())
-        return spectra * torch.tensor(gains, dtype=torch.float32, device=spectra.device)[:, None, None]
+            row = torch.from_numpy(np.array(row))
+        return sound.gain * torch.view_as_complex(row.float())
 
-    def recipe(self, n):
-        """What item n is made of."""
-        longest = len(REFERENCE_SECONDS) - 1
-        if not self.remix:
-            return Recipe(n, 1, n, (1.0, 1.0, 1.0), longest, primary=False)
-        rng = np.random.default_rng([self.seed, self.epoch, n])
-        speaker = self.index[n]["target"]["speaker"]
-        while True:
-            donor, part = int(rng.integers(len(self))), int(rng.integers(2))
-            if speaker not in self.voices[donor][part]:
-                break
-        noise = int(rng.integers(len(self)))
-        primary = not self.absent[n] and rng.random() < PRIMARY_SHARE
-        sir_db = rng.uniform(*(PRIMARY_SIR_DB if primary else self.settings["sir_db"]))
-        snr_db = rng.uniform(*self.settings["snr_db"])
-        powers = self.powers[n, 0], self.powers[donor, part], self.powers[noise, 2]
-        speech = powers[0] or powers[1] or 1.0
-        ratio_db = sir_db if powers[0] else 0.0
-        gains = (1.0, gain_between(speech, powers[1], ratio_db), gain_between(speech, powers[2], snr_db))
-        return Recipe(donor, part, noise, gains, int(rng.choice(longest + 1, p=REFERENCE_SHARES)), primary)
+    def stored(self, n):
+        """The `Recipe` of example n as it was stored."""
+        sounds = [Sound(n, part) for part in range(len(PARTS))]
+        return Recipe(sounds, None if self.absent[n] else sounds[TARGET], n, len(REFERENCE_SECONDS) - 1)
+
+    def recipes(self, items):
+        """The `Recipe` of each item, remixed."""
+        pairs = [self.pair(*items[n : n + 2]) for n in range(0, len(items), 2)]
+        return [recipe for pair in pairs for recipe in pair][: len(items)]
+
+    def pair(self, one, other=None):
+        """The two recipes of a mixture of these examples' targets; others stand in for those that do not fit."""
+        settings = self.settings
+        rng = np.random.default_rng([self.seed, self.epoch, one, one if other is None else other])
+        one = self.find(rng, TARGET, set(), one)
+        other = self.find(rng, TARGET, self.speakers[one][TARGET], other)
+        if other is None:
+            other = one
+        speakers = self.speakers[one][TARGET] | self.speakers[other][TARGET]
+        primary = rng.random() < PRIMARY_SHARE
+        sir_db = rng.uniform(*(PRIMARY_SIR_DB if primary else settings["sir_db"]))
+        voices = [Sound(one, TARGET)]
+        if other != one and rng.random() >= settings["no_voices"]:
+            voices.append(self.under(one, other, TARGET, sir_db))
+        targets = dict(zip((one, other), voices, strict=False))
+        if not primary and rng.random() < settings["more_voices"]:
+            third = self.find(rng, INTERFERENCE, speakers)
+            if third is not None:
+                voices.append(self.under(one, third, INTERFERENCE, rng.uniform(*settings["sir_db"])))
+                speakers = speakers | self.speakers[third][INTERFERENCE]
+        noise = []
+        if rng.random() < NOISE_SHARE:
+            noise.append(self.under(one, int(rng.integers(len(self))), NOISE, rng.uniform(*settings["snr_db"])))
+        recipes = []
+        for wanted in (one, other):
+            target, alone = targets.get(wanted), primary and wanted == one
+            if not alone and rng.random() < settings["absent"]:
+                stranger = self.find(rng, TARGET, speakers)
+                wanted, target = (wanted, target) if stranger is None else (stranger, None)
+            reference = int(rng.choice(len(REFERENCE_SECONDS), p=REFERENCE_SHARES))
+            recipes.append(Recipe([*voices, *noise], target, wanted, reference, alone))
+        return recipes
+
+    def find(self, rng, part, speakers, first=None):
+        """An example, `first` if it fits, whose `part` sounds with none of these speakers in it; `None` for none."""
+        example = int(rng.integers(len(self))) if first is None else first
+        for _ in range(TRIES):
+            if self.powers[example, part] > 0 and not self.speakers[example][part] & speakers:
+                return example
+            example = int(rng.integers(len(self)))
+
+    def under(self, one, example, part, ratio_db):
+        """The part of an example, `ratio_db` under the target of example `one`."""
+        return Sound(example, part, gain_between(self.powers[one, TARGET], self.powers[example, part], ratio_db))
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A part, one of PARTS by number, of an example, times a gain."""
+
+    example: int
+    part: int
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An item's interference (part `part` of an example), its noise (of an example), the gains of its three parts, its
-    reference (one of REFERENCE_SECONDS, by number), and whether it is to be done without."""
+    """What an item is made of."""
 
-    interference: int
-    part: int
-    noise: int
-    gains: tuple
-    reference: int
-    primary: bool
+    sounds: list[Sound]  # their sum is the mixture
+    target: Sound | None  # one of them; None: it is absent
+    wanted: int  # the example whose reference it comes with
+    reference: int  # which one, of REFERENCE_SECONDS by number
+    primary: bool = False  # whether it is to be done without
 
 
 def gain_between(power, other, ratio_db):
@@ -202,6 +248,3 @@ def check_model(settings, config):
                 f"the examples have {name}={settings[name]}, the model {getattr(config, name)}; "
                 "prepare examples of another --size for it with downloader.py"
             )
-
-
-assert PARTS == ("target", "interference", "noise")

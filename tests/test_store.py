@@ -89,42 +89,84 @@ def test_the_index_has_no_paths_and_the_store_can_be_moved(store, tmp_path):
     assert str(ROOT.parent) not in text
 
 
+def all_recipes(examples, epochs=20):
+    """The recipes of some epochs, in pairs of neighbours."""
+    pairs = []
+    for examples.epoch in range(epochs):
+        recipes = examples.recipes(range(len(examples)))
+        pairs += zip(recipes[::2], recipes[1::2], strict=True)
+    return pairs
+
+
 def test_remixing_never_repeats_and_never_mixes_a_speaker_with_himself(store):
     examples = dataset.Examples(store, "train", remix=True)
-    recipes = {}
-    for epoch in (0, 1):
-        examples.epoch = epoch
-        recipes[epoch] = [examples.recipe(n) for n in range(len(examples))]
-        for n, recipe in enumerate(recipes[epoch]):
-            speaker = examples.index[n]["target"]["speaker"]
-            donor = examples.index[recipe.interference]
-            voices = [v["speaker"] for v in donor["interferers"]] if recipe.part else [donor["target"]["speaker"]]
-            silent = recipe.part == 0 and donor["absent"]
-            assert silent or speaker not in voices
-    assert recipes[0] != recipes[1]
-    examples.epoch = 0
-    assert [examples.recipe(n) for n in range(len(examples))] == recipes[0]
+    pairs = all_recipes(examples)
+    for pair in pairs:
+        for recipe in pair:
+            speakers = [examples.speakers[sound.example][sound.part] for sound in recipe.sounds]
+            assert len(set().union(*speakers)) == sum(map(len, speakers))
+            wanted = examples.index[recipe.wanted]["target"]["speaker"]
+            assert (recipe.target is None) == (wanted not in set().union(*speakers))
+            assert recipe.target is None or recipe.target in recipe.sounds
+    assert pairs[: SIZE // 2] != pairs[SIZE // 2 : SIZE]
+    assert all_recipes(examples) == pairs
+
+
+def test_both_voices_of_a_pair_are_wanted_of_the_same_mixture(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    pairs = all_recipes(examples)
+    both = [pair for pair in pairs if pair[0].target and pair[1].target]
+    assert len(both) > len(pairs) / 2
+
+    def voices(recipe):
+        return sum(sound.part != dataset.NOISE for sound in recipe.sounds)
+
+    for one, other in both:
+        assert one.sounds == other.sounds
+        assert one.target != other.target
+    kinds = {
+        "alone": [one for one, _ in pairs if voices(one) == 1],
+        "more voices": [one for one, _ in pairs if voices(one) == 3],
+        "absent": [recipe for pair in pairs for recipe in pair if recipe.target is None],
+        "primary": [one for one, _ in pairs if one.primary],
+    }
+    assert all(kinds.values()), {name: len(found) for name, found in kinds.items()}
 
 
 def test_remixed_parts_have_ratios_in_the_stated_range(store):
     examples = dataset.Examples(store, "train", remix=True)
+
+    def power(sound):
+        return examples.powers[sound.example, sound.part] * sound.gain**2
+
     checked = 0
-    for n in range(len(examples)):
-        recipe = examples.recipe(n)
-        target, other = examples.powers[n, 0], examples.powers[recipe.interference, recipe.part]
-        if target > 0 and other > 0:
-            ratio = 10 * np.log10(target / (other * recipe.gains[1] ** 2))
-            assert -5.001 <= ratio <= 5.001
-            checked += 1
-    assert checked > SIZE / 2
+    for one, _ in all_recipes(examples):
+        first, *others = one.sounds
+        for other in others:
+            if power(other):
+                low, high = (0, 20) if other.part == dataset.NOISE else (3, 10) if one.primary else (-5, 5)
+                assert low - 0.001 <= 10 * np.log10(power(first) / power(other)) <= high + 0.001
+                checked += 1
+    assert checked > SIZE
 
 
-def test_a_batch_is_its_items(store):
+def test_a_batch_is_its_pairs(store):
     examples = dataset.Examples(store, "train", remix=True)
-    batch = examples.__getitems__([4, 9, 2])
-    for position, n in enumerate((4, 9, 2)):
-        assert torch.equal(batch.mixture[position], examples[n].mixture[0])
-        assert torch.equal(batch.dvector[position], examples[n].dvector[0])
+    batch = examples.__getitems__([4, 9, 2, 7, 5])
+    for start, items in ((0, [4, 9]), (2, [2, 7]), (4, [5])):
+        pair = examples.__getitems__(items)
+        assert torch.equal(batch.mixture[start : start + 2], pair.mixture)
+        assert torch.equal(batch.dvector[start : start + 2], pair.dvector)
+
+
+def test_a_store_of_one_voice_is_remixed_as_far_as_it_goes(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    speaker = examples.index[0]["target"]["speaker"]
+    examples.speakers = [[{speaker}, {speaker}, set()]] * len(examples)
+    for pair in all_recipes(examples, epochs=1):
+        for recipe in pair:
+            assert recipe.target == recipe.sounds[0]
+            assert recipe.sounds[1:] == [sound for sound in recipe.sounds if sound.part == dataset.NOISE]
 
 
 def test_examples_held_on_a_device_are_the_same(store):
