@@ -2,10 +2,9 @@
 
 In the line of VoiceFilter (Wang et al., 2019, arXiv:1810.04826): a mask over the STFT of the mixture, conditioned on
 the target speaker's d-vector; here causal, complex and small enough for one core of a laptop. Strided convolutions
-bring the frequencies down to a few bands, blocks of {dilated convolution over bands and time, an LSTM over time that
-sees all bands at once, an LSTM over time shared by the bands} look at voice and time, and a mirrored decoder returns to
-a mask for every frequency. The d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871); the
-pair of LSTMs for the whole band and for its parts follows FullSubNet (Hao et al., 2021, arXiv:2010.15508).
+bring the frequencies down to a few bands, blocks of {dilated convolutions over bands and past frames, an LSTM over time
+that sees all bands at once} look at voice and time, and a mirrored decoder returns to a mask for every frequency. The
+d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871).
 """
 
 import io
@@ -31,18 +30,18 @@ class Config:
     n_fft: int = option(512, "length of the STFT's window in samples")
     hop: int = option(256, "hop of the STFT in samples")
     channels: list[int] = option(
-        [16, 32, 64, 64], "channels of the strided stages, each of which halves the frequencies"
+        [16, 32, 64, 96], "channels of the strided stages, each of which halves the frequencies"
     )
-    dilations: list[int] = option([1, 2, 4, 8], "dilation in frames of each block's convolution, a block each")
-    hidden: int = option(64, "units of each block's LSTM that the bands share")
+    blocks: int = option(3, "blocks at the bottom")
+    dilations: list[int] = option([1, 2, 4], "dilations in frames of a block's convolutions")
     full_channels: int = option(12, "channels of each band that the LSTM over all bands sees")
-    full_hidden: int = option(192, "units of each block's LSTM over all bands")
+    full_hidden: int = option(152, "units of each block's LSTM over all bands")
     compression: float = option(0.3, "exponent on the magnitudes that the network sees")
     mask_bound: float = option(2.0, "largest magnitude of the mask")
     level_seconds: float = option(3.0, "time constant of the running level")
 
     def __post_init__(self):
-        require(self, POSITIVE, "n_fft", "hop", "hidden", "full_channels", "full_hidden", "mask_bound", "level_seconds")
+        require(self, POSITIVE, "n_fft", "hop", "blocks", "full_channels", "full_hidden", "mask_bound", "level_seconds")
         require(self, (lambda values: values and min(values) > 0, "numbers more than 0"), "channels", "dilations")
         fits = self.n_fft % (2 * self.hop) == 0
         require(self, (lambda hop: fits, f"a whole part of half of --n-fft {self.n_fft}"), "hop")
@@ -76,26 +75,34 @@ class FiLM(nn.Module):
         return self.activation(self.norm(x) * (1 + scale) + shift)
 
 
-class Recurrent(nn.LSTM):
-    """An LSTM over the frames of x (batch, sequences, frames, features); its memory is two tensors, batch first."""
+class Convolution(nn.Module):
+    """A residual convolution over neighbouring bands and past frames; its memory is those frames."""
 
-    def forward(self, x, memory):
-        batch, sequences, frames, _ = x.shape
-        memory = tuple(tensor.to(x.dtype).reshape(1, batch * sequences, self.hidden_size) for tensor in memory)
-        y, memory = super().forward(x.reshape(batch * sequences, frames, self.input_size), memory)
-        y = y.reshape(batch, sequences, frames, self.hidden_size)
-        return y, [tensor.reshape(batch, sequences, self.hidden_size) for tensor in memory]
+    def __init__(self, config, dilation):
+        super().__init__()
+        channels = config.channels[-1]
+        self.shape = (channels, config.bands[-1], 2 * dilation)  # of the memory, without the batch
+        self.conv = nn.Conv2d(channels, channels, 3, padding=(1, 0), dilation=(1, dilation), bias=False)
+        self.film = FiLM(channels, config.dvector_size)
+
+    def forward(self, x, voice, past):
+        extended = torch.cat([past.to(x.dtype, memory_format=torch.channels_last), x], dim=-1)
+        y = self.film(self.conv(extended.contiguous(memory_format=torch.channels_last)), voice)
+        return x + y, extended[..., x.shape[-1] :]
 
 
 class FullBand(nn.Module):
-    """An LSTM over time that sees a few channels of all bands at once; the voice scales and shifts its output."""
+    """A residual LSTM over time that sees a few channels of all bands at once; the voice scales and shifts its output.
+
+    In the line of the full-band model of FullSubNet (Hao et al., 2021, arXiv:2010.15508).
+    """
 
     def __init__(self, config):
         super().__init__()
         channels, few, size = config.channels[-1], config.full_channels, config.bands[-1] * config.full_channels
         self.squeeze = nn.Conv2d(channels, few, 1, bias=False)
         self.norm = nn.BatchNorm2d(few)
-        self.lstm = Recurrent(size, config.full_hidden, batch_first=True)
+        self.lstm = nn.LSTM(size, config.full_hidden, batch_first=True)
         self.condition = nn.Linear(config.dvector_size, 2 * config.full_hidden)
         self.across = nn.Linear(config.full_hidden, size)
         self.expand = nn.Conv2d(few, channels, 1)
@@ -103,55 +110,32 @@ class FullBand(nn.Module):
     def forward(self, x, voice, memory):
         batch, _, bands, frames = x.shape
         y = F.relu(self.norm(self.squeeze(x))).permute(0, 3, 1, 2).flatten(2)  # (batch, frames, few * bands)
-        y, memory = self.lstm(y[:, None], memory)
+        y, memory = self.lstm(y, tuple(tensor.to(y.dtype)[None] for tensor in memory))
         scale, shift = self.condition(voice)[:, None].chunk(2, dim=-1)
-        y = self.across(y[:, 0] * (1 + scale) + shift).reshape(batch, frames, -1, bands).permute(0, 2, 3, 1)
-        return self.expand(y.contiguous(memory_format=torch.channels_last)), memory
-
-
-class SubBand(nn.Module):
-    """An LSTM over time that the bands share, each with its own memory."""
-
-    def __init__(self, config):
-        super().__init__()
-        channels = config.channels[-1]
-        self.norm = nn.BatchNorm2d(channels)
-        self.lstm = Recurrent(channels, config.hidden, batch_first=True)
-        self.project = nn.Linear(config.hidden, channels)
-
-    def forward(self, x, memory):
-        y, memory = self.lstm(self.norm(x).permute(0, 2, 3, 1), memory)  # (batch, bands, frames, channels)
-        return self.project(y).permute(0, 3, 1, 2), memory
+        y = self.across(y * (1 + scale) + shift).reshape(batch, frames, -1, bands).permute(0, 2, 3, 1)
+        return x + self.expand(y.contiguous(memory_format=torch.channels_last)), [tensor[0] for tensor in memory]
 
 
 class Block(nn.Module):
-    """Convolution over bands and past frames, an LSTM over all bands, an LSTM for each band; each residual."""
+    """Convolutions over bands and past frames, then an LSTM over all bands."""
 
-    def __init__(self, config, dilation):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.history = config, 2 * dilation
-        channels = config.channels[-1]
-        self.conv = nn.Conv2d(channels, channels, 3, padding=(1, 0), dilation=(1, dilation), bias=False)
-        self.film = FiLM(channels, config.dvector_size)
+        self.convolutions = nn.ModuleList(Convolution(config, dilation) for dilation in config.dilations)
         self.full_band = FullBand(config)
-        self.sub_band = SubBand(config)
 
     def shapes(self):
         """The shapes of the state's tensors, without the batch."""
-        config, bands = self.config, self.config.bands[-1]
-        full, sub = (1, config.full_hidden), (bands, config.hidden)
-        return [(config.channels[-1], bands, self.history), full, full, sub, sub]
+        return [convolution.shape for convolution in self.convolutions] + [(self.full_band.lstm.hidden_size,)] * 2
 
     def forward(self, x, voice, state):
         # x: (batch, channels, bands, frames)
-        past, *memories = state
-        extended = torch.cat([past.to(x.dtype), x], dim=-1)
-        past = extended[..., x.shape[-1] :]
-        x = x + self.film(self.conv(extended.contiguous(memory_format=torch.channels_last)), voice)
-        y, full_memory = self.full_band(x, voice, memories[:2])
-        x = x + y
-        y, sub_memory = self.sub_band(x, memories[2:])
-        return x + y, [past, *full_memory, *sub_memory]
+        new_state = []
+        for convolution, past in zip(self.convolutions, state[:-2], strict=True):
+            x, past = convolution(x, voice, past)
+            new_state.append(past)
+        x, memory = self.full_band(x, voice, state[-2:])
+        return x, [*new_state, *memory]
 
 
 class Network(nn.Module):
@@ -165,7 +149,7 @@ class Network(nn.Module):
         kernel = {"kernel_size": (5, 1), "stride": (2, 1), "padding": (2, 0), "bias": False}
         self.down = nn.ModuleList(nn.Conv2d(a, b, **kernel) for a, b in pairwise(inputs))
         self.down_film = nn.ModuleList(FiLM(channels, size) for channels in config.channels)
-        self.blocks = nn.ModuleList(Block(config, dilation) for dilation in config.dilations)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
         self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
@@ -314,10 +298,10 @@ def macs_per_second(config):
     bands, top, kernel = config.bands, config.channels[-1], 5
     down = sum(kernel * a * b * n for a, b, n in zip([3, *config.channels], config.channels, bands[1:], strict=False))
     up = sum(kernel * a * b * n for a, b, n in zip([2, *config.channels], config.channels, bands[1:], strict=False))
-    size, conv, few = bands[-1], 9 * top * top * bands[-1], config.full_channels
-    full = 2 * top * few * size + lstm_macs(few * size, config.full_hidden) + config.full_hidden * few * size
-    sub = (lstm_macs(top, config.hidden) + config.hidden * top) * size
-    per_frame = down + up + len(config.dilations) * (conv + full + sub)
+    size, few = bands[-1], config.full_channels
+    convolutions = len(config.dilations) * 9 * top * top * size
+    full_band = 2 * top * few * size + lstm_macs(few * size, config.full_hidden) + config.full_hidden * few * size
+    per_frame = down + up + config.blocks * (convolutions + full_band)
     return per_frame * config.sample_rate / config.hop
 
 
