@@ -1,7 +1,11 @@
-"""Train the extractor on the examples that `downloader.py` made; started again, it goes on where it stopped."""
+"""Train the extractor on the examples that `downloader.py` made; started again, it goes on where it stopped.
+
+`torchrun --nproc-per-node N -- main.py` trains with N processes, on as many GPUs or, with `--threads 1`, CPU cores.
+"""
 
 import dataclasses
 import math
+import os
 import re
 import shutil
 import signal
@@ -11,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dataset
 import model
-from metrics import attenuation_db, si_sdr, spectral_distance
+from metrics import attenuation_db, si_sdr, snr, spectral_distance
 from utils import POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
 
 MAX_SI_SDR = 30.0  # dB; a better estimate is not pushed further, or clean targets would rule the gradient
@@ -33,7 +38,7 @@ class Options(model.Config):
     steps: int = option(50000, "length of the learning rate's schedule; training ends there, a larger one extends it")
     minutes: float | None = option(None, "stop after this time")
     epochs: int | None = option(None, "stop after this many epochs")
-    batch_size: int = option(8, "examples a step")
+    batch_size: int = option(8, "examples a step, in each process")
     learning_rate: float = option(3e-3, "highest learning rate")
     warmup: int = option(200, "steps in which the learning rate rises")
     decay: float = option(0.65, "share of the schedule, at its end, in which the learning rate falls to zero")
@@ -64,13 +69,56 @@ def main(argv):
     trainer = Trainer(options, Path(options.data or dataset.largest()))
     trainer.resume()
     trainer.train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Team:
+    """The processes that train together, as torchrun's environment tells; without it this one alone.
+
+    They have the same weights at each step, and each has batches of its own. The first one writes and shows.
+    """
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+
+    def join(self, device):
+        """Connect the processes; returns the device of this one."""
+        if self.size == 1:
+            return device
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return device
+
+    def agree(self, wish, device):
+        """Whether any of them wishes it."""
+        if self.size == 1:
+            return wish
+        wishes = torch.tensor(float(wish), device=device)
+        torch.distributed.all_reduce(wishes)
+        return wishes.item() > 0
+
+    def average(self, gradients):
+        """Make each of the gradients the mean of all processes'."""
+        if self.size == 1:
+            return
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(together)
+        together /= self.size
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 class Trainer:
     """The state of a training: network, optimizer, where it stands, and the examples."""
 
     def __init__(self, options, folder):
-        self.options, self.device = options, model.find_device(options.device)
+        self.options, self.team = options, Team()
+        self.device = self.team.join(model.find_device(options.device))
         on_gpu = self.device.type == "cuda"
         self.bf16 = model.bf16_is_fast(self.device) if options.bf16 is None else options.bf16
         self.loaders = (2 if on_gpu else 0) if options.loaders is None else options.loaders
@@ -79,7 +127,7 @@ class Trainer:
         held = self.device if self.fits(folder) else None
         self.examples = dataset.Examples(folder, "train", remix=True, seed=options.seed, device=held)
         self.validation = dataset.Examples(folder, "validation", device=held)
-        if len(self.examples) < options.batch_size:
+        if not self.steps_per_epoch:
             raise UserError(f"{folder}: {len(self.examples)} examples; lower --batch-size to as many")
         torch.manual_seed(options.seed)
         self.network = model.Network(config).to(self.device)
@@ -94,7 +142,7 @@ class Trainer:
         self.best = -math.inf
         self.curve = []  # a row for every validation
         self.seconds = 0.0  # of training so far
-        self.stopping = False
+        self.stopping = False  # wished for, in this process
 
     def beginning(self, config):
         """The weights of `--begin-with`. Raises `UserError` where they are another model's."""
@@ -112,8 +160,13 @@ class Trainer:
         return needed < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
 
     @property
+    def step_size(self):
+        """Examples a step, of all processes."""
+        return self.options.batch_size * self.team.size
+
+    @property
     def steps_per_epoch(self):
-        return len(self.examples) // self.options.batch_size
+        return len(self.examples) // self.step_size
 
     def learning_rate(self):
         """Warm-up, constant, then a linear fall to zero at the end; a function of the step alone."""
@@ -123,12 +176,12 @@ class Trainer:
         return options.learning_rate * max(0.0, min(1.0, rise, fall))
 
     def batches(self, epoch, start):
-        """The batches of an epoch from number `start` on; the order depends on the seed and the epoch alone."""
+        """This process's batches of an epoch from step `start` on; their order depends on seed and epoch alone."""
         self.examples.epoch = epoch
         order = np.random.default_rng([self.options.seed, epoch]).permutation(len(self.examples))
-        size = self.options.batch_size
-        chosen = [order[n * size : (n + 1) * size].tolist() for n in range(start, self.steps_per_epoch)]
-        return self.load(self.examples, chosen)
+        size, team = self.options.batch_size, self.team
+        firsts = [(n * team.size + team.rank) * size for n in range(start, self.steps_per_epoch)]
+        return self.load(self.examples, [order[n : n + size].tolist() for n in firsts])
 
     def load(self, examples, chosen):
         """A loader of the batches of item numbers `chosen`, onto the device without waiting."""
@@ -155,7 +208,9 @@ class Trainer:
         estimated, target, mixture = self.waveforms(estimate, batch.target, batch.mixture)
         ratio = si_sdr(estimated, target)
         silence = attenuation_db(estimated, mixture, eps=1e-4 * mixture.square().sum(-1) + 1e-8)
-        waveform = torch.where(batch.absent, -self.options.absent_weight * silence, -ratio.clamp(max=MAX_SI_SDR))
+        # SI-SDR alone knows no level and no sign: with it the silence of absent targets makes all estimates quiet
+        both = (ratio.clamp(max=MAX_SI_SDR) + snr(estimated, target).clamp(max=MAX_SI_SDR)) / 2
+        waveform = torch.where(batch.absent, -self.options.absent_weight * silence, -both)
         spectral = spectral_distance(estimate, batch.target, batch.mixture)
         loss = (waveform + self.options.spectral_weight * spectral).mean()
         return loss, ratio.detach().masked_fill(batch.absent, torch.nan)
@@ -164,38 +219,42 @@ class Trainer:
         """Train until the schedule, the time or the epochs end, or Ctrl-C; saves a checkpoint in every case."""
         options = self.options
         try:
-            writer = SummaryWriter(options.logs, purge_step=self.step)
+            writer = SummaryWriter(options.logs, purge_step=self.step) if self.team.first else None
         except OSError as error:
             raise UserError(f"{options.logs}: cannot be written ({error.strerror}); choose other --logs") from error
         before = signal.signal(signal.SIGINT, self.stop)
         began, earlier = time.monotonic(), self.seconds
         last = options.steps if options.epochs is None else min(options.steps, options.epochs * self.steps_per_epoch)
-        bar = tqdm(total=last * options.batch_size, initial=self.step * options.batch_size, unit="example")
+        size, ended = self.step_size, False
+        bar = tqdm(total=last * size, initial=self.step * size, unit="example", disable=not self.team.first)
         try:
-            while self.step < last and not self.stopping:
+            while self.step < last and not ended:
                 epoch, start = divmod(self.step, self.steps_per_epoch)
                 for batch in self.batches(epoch, start):
                     loss, ratio = self.update(batch)
                     self.seconds = earlier + time.monotonic() - began
-                    bar.update(options.batch_size)
+                    bar.update(size)
                     bar.set_postfix(epoch=epoch, loss=f"{loss:.2f}", si_sdr=f"{ratio:.1f} dB")
-                    writer.add_scalar("train/loss", loss, self.step)
-                    writer.add_scalar("train/si_sdr", ratio, self.step)
+                    if writer:
+                        writer.add_scalar("train/loss", loss, self.step)
+                        writer.add_scalar("train/si_sdr", ratio, self.step)
                     timed_out = options.minutes is not None and time.monotonic() - began > options.minutes * 60
-                    self.stopping = self.stopping or timed_out or self.step >= last
-                    if self.step % options.every == 0 or self.stopping:
+                    ended = self.team.agree(self.stopping or timed_out or self.step >= last, self.device)
+                    if self.team.first and (self.step % options.every == 0 or ended):
                         self.save()
                         self.validate(writer, bar)
                         self.seconds = earlier + time.monotonic() - began
                         self.save()
-                    if self.stopping:
+                    if ended:
                         break
         finally:
             bar.close()
-            writer.close()
+            if writer:
+                writer.close()
             signal.signal(signal.SIGINT, before)
-        print(f"{self.path()}: step {self.step} of {options.steps}, best validation improvement {self.best:.2f} dB")
-        if self.step < last:
+        if self.team.first:
+            print(f"{self.path()}: step {self.step} of {options.steps}, best validation improvement {self.best:.2f} dB")
+        if self.team.first and self.step < last:
             print("go on with the same command")
 
     def stop(self, *_):
@@ -210,6 +269,7 @@ class Trainer:
         loss, ratio = self.loss(batch, self.estimate(batch))
         self.optimizer.zero_grad()
         loss.backward()
+        self.team.average([p.grad for p in self.network.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             path = Path(self.options.output) / f"not-finite_step-{self.step}.pt"
@@ -268,10 +328,10 @@ class Trainer:
                 writer.add_audio(f"{n}/{name}", sound, self.step, sample_rate=self.network.config.sample_rate)
 
     @staticmethod
-    def identity(options, examples):
+    def identity(options, examples, step_size):
         """What must be the same for a training to go on: the model, and the order of the batches."""
         names = [field.name for field in dataclasses.fields(model.Config)] + ["batch_size", "seed"]
-        return {"examples": examples, **{name: options[name] for name in names}}
+        return {"examples": examples, "examples a step": step_size, **{name: options[name] for name in names}}
 
     def path(self):
         epoch, batch = divmod(self.step, self.steps_per_epoch)
@@ -285,6 +345,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             step=self.step,
             examples=len(self.examples),
+            step_size=self.step_size,
             seconds=self.seconds,
             best=self.best,
             curve=self.curve,
@@ -306,8 +367,8 @@ class Trainer:
             except UserError as error:
                 print(f"warning: {error}; trying the one before")
                 continue
-            now = self.identity(asdict(self.options), len(self.examples))
-            before = self.identity(saved["options"] | saved["config"], saved["examples"])
+            now = self.identity(asdict(self.options), len(self.examples), self.step_size)
+            before = self.identity(saved["options"] | saved["config"], saved["examples"], saved["step_size"])
             differing = differences(before, now)
             if differing:
                 raise UserError(
@@ -318,7 +379,8 @@ class Trainer:
             self.step, self.best, self.curve = saved["step"], saved["best"], saved["curve"]
             self.seconds = saved["seconds"]
             torch.set_rng_state(saved["random_state"].cpu())
-            print(f"{path}: going on from step {self.step}")
+            if self.team.first:
+                print(f"{path}: going on from step {self.step}")
             return
         if found:
             raise UserError(

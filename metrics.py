@@ -17,20 +17,30 @@ def si_sdr(estimate, target, eps=1e-8):
     return 10 * torch.log10((projection.square().sum(-1) + eps) / (error.square().sum(-1) + eps))
 
 
+def snr(estimate, target, eps=1e-8):
+    """Signal-to-noise ratio in dB of signals (..., samples), where level and sign count; returns (...).
+
+    That is SDR without any rescaling: Le Roux et al. (2019), eq. 1.
+    """
+    error = estimate - target
+    return 10 * torch.log10((target.square().sum(-1) + eps) / (error.square().sum(-1) + eps))
+
+
 def attenuation_db(estimate, mixture, eps=1e-8):
     """How much less power than the mixture (..., samples) the estimate has, in dB; the figure for absent targets."""
     return 10 * torch.log10((mixture.square().sum(-1) + eps) / (estimate.square().sum(-1) + eps))
 
 
 def over_suppression(estimate, target, frame=320):
-    """Share, 0 to 1, of the target's active frames that the estimate has with more than 10 dB less energy.
+    """Share, 0 to 1, of the target's active frames that the estimate has attenuated by more than 10 dB.
 
     Signals (..., samples) with speech in the target; frames of `frame` samples, 20 ms, active within 40 dB of the
-    loudest. What is left of other voices hides suppression, so look at the wrong speakers, too.
+    loudest. What the estimate has of the target is its projection on it, so that other voices in it do not count.
     """
-    estimate, target = (signal.unfold(-1, frame, frame).square().sum(-1) for signal in (estimate, target))
-    active = target > 1e-4 * target.amax(-1, keepdim=True)
-    return (active & (estimate < 0.1 * target)).sum(-1) / active.sum(-1)
+    estimate, target = (signal.unfold(-1, frame, frame) for signal in (estimate, target))
+    power = target.square().sum(-1)
+    active = power > 1e-4 * power.amax(-1, keepdim=True)
+    return (active & ((estimate * target).sum(-1) < 10**-0.5 * power)).sum(-1) / active.sum(-1)
 
 
 def spectral_distance(estimate, target, mixture, exponent=0.3, eps=1e-6):

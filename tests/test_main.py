@@ -19,8 +19,8 @@ import main
 import model
 from utils import ROOT, UserError
 
-SMALL = {"channels": [8, 8, 8], "dilations": [1, 2], "hidden": 8, "full_channels": 2, "full_hidden": 8}
-SMALL_ARGUMENTS = ["--channels", 8, 8, 8, "--dilations", 1, 2, "--hidden", 8, "--full-channels", 2, "--full-hidden", 8]
+SMALL = {"channels": [8, 8, 8], "blocks": 2, "dilations": [1, 2], "full_channels": 2, "full_hidden": 8}
+SMALL_ARGUMENTS = "--channels 8 8 8 --blocks 2 --dilations 1 2 --full-channels 2 --full-hidden 8".split()
 
 
 @pytest.fixture
@@ -229,11 +229,41 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(options, capsys
     assert trainer.step == 3
 
 
+def test_processes_that_train_together_share_the_epoch(options):
+    alone = main.Trainer(dataclasses.replace(options, batch_size=8), dataset.Path(options.data))
+    one, other = (main.Trainer(options, dataset.Path(options.data)) for _ in range(2))
+    one.team.size = other.team.size = 2
+    other.team.rank = 1
+    steps = zip(alone.batches(1, 2), one.batches(1, 2), other.batches(1, 2), strict=True)
+    for whole, first, second in steps:
+        assert torch.equal(whole.mixture, torch.cat([first.mixture, second.mixture]))
+        assert torch.equal(whole.dvector, torch.cat([first.dvector, second.dvector]))
+    assert alone.steps_per_epoch == one.steps_per_epoch == SIZE // 8
+
+
+def test_two_processes_train_one_network_and_go_on(options):
+    """Started by torchrun; the gradients are those of both, so the weights are not those of one alone."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    for steps in (3, 6):
+        command = [*torchrun, *arguments(options, steps=steps)[1:]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"step {steps} of {steps}") == 1
+        assert done.stdout.count("going on from step 3") == (steps == 6)
+    saved = torch.load(main.checkpoints(options.output)[0], weights_only=True)
+    assert (saved["step"], saved["step_size"]) == (6, 8)
+    with pytest.raises(UserError, match="examples a step 8 there, 4 now"):
+        trained(options)
+    alone = trained(dataclasses.replace(options, output=options.output + "-alone", steps=6))
+    different = [not torch.equal(weights(alone)[name], value) for name, value in saved["weights"].items()]
+    assert sum(different) > len(different) / 2
+
+
 def test_another_model_is_refused(options):
     trained(options, stop_at=1)
-    other = dataclasses.replace(options, hidden=12)
+    other = dataclasses.replace(options, full_hidden=12)
     trainer = main.Trainer(other, dataset.Path(options.data))
-    with pytest.raises(UserError, match="hidden 8 there, 12 now"):
+    with pytest.raises(UserError, match="full_hidden 8 there, 12 now"):
         trainer.resume()
 
 
@@ -271,6 +301,16 @@ def test_it_learns(options):
     batch = next(iter(trainer.batches(0, 0)))
     losses = [trainer.update(batch)[0] for _ in range(40)]
     assert losses[-1] < losses[0] - 3
+
+
+@pytest.mark.parametrize("factor", [-1, 0.01, 3])
+def test_the_level_and_the_sign_of_an_estimate_count(options, factor):
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    examples = dataset.Examples(options.data, "train")
+    batch = examples.__getitems__([n for n in range(SIZE) if not examples.absent[n]][:4])
+    right, _ = trainer.loss(batch, batch.target)
+    wrong, _ = trainer.loss(batch, factor * batch.target)
+    assert wrong > right + 5
 
 
 def test_silence_is_right_where_the_target_is_absent(options):
