@@ -25,6 +25,8 @@ class SoundCard:
     `overruns` and `underruns` count what the card itself lost. Raises `UserError` where it cannot be used.
     """
 
+    error = None
+
     def __init__(self, input, output, extractor):
         self.sounddevice = portaudio()
         self.overruns = self.underruns = 0
@@ -61,6 +63,7 @@ class SoundCard:
             self.moved = time.monotonic()
             heard[:] = live.move(np.nan_to_num(mixture[:, 0]))[:, None]
 
+        self.overruns = self.underruns = 0
         self.moved = time.monotonic()
         try:
             self.stream = self.sounddevice.Stream(
@@ -76,7 +79,11 @@ class SoundCard:
 
     def running(self):
         """True; raises `UserError` when it has gone."""
-        if not self.stream.active or time.monotonic() - self.moved > PATIENCE_SECONDS:
+        try:
+            active = self.stream.active
+        except self.sounddevice.PortAudioError:  # what it answers for some that have been pulled out
+            active = False
+        if not active or time.monotonic() - self.moved > PATIENCE_SECONDS:
             raise UserError(f"{self.name}: the sound card has gone silent; plug it in again and start anew")
         return True
 

@@ -17,10 +17,13 @@ QUIET_DB, NOISY_DB, CLIPPED = -45, 15, 0.001  # level of speech, its distance fr
 
 
 class Primary:
-    """Finds the voice of a stream's primary speaker in its estimate, once that has had enough speech in it."""
+    """Finds the voice of a stream's primary speaker in its estimate, once that has had enough speech in it.
 
-    def __init__(self, stream):
-        self.stream = stream
+    `update` takes longer than a block may: a thread of its own calls it, unless there is time (`at_once`).
+    """
+
+    def __init__(self, stream, at_once=False):
+        self.stream, self.at_once = stream, at_once
         self.restart()
 
     def restart(self):
@@ -35,6 +38,8 @@ class Primary:
         """Take what comes next of the estimate (samples,); the network's thread calls this."""
         if self.enrolled_seconds < REFINED_SECONDS:
             self.heard.append(estimate)
+        if self.at_once:
+            self.update()
 
     def update(self):
         """Judge what was heard since, and replace the stream's voice if it is known, or known better."""

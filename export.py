@@ -15,7 +15,7 @@ import onnx
 import torch
 
 import audio
-from extractor import Extractor, HopGraph, default_checkpoint, digest
+from extractor import PRIMARY, Extractor, HopGraph, default_checkpoint, digest
 from utils import POSITIVE, ROOT, UserError, option, parse, require, run, whole
 
 TOLERANCE = 1e-4  # of the peak, between graph and network
@@ -86,11 +86,15 @@ class Extract(torch.nn.Module):
 
 @torch.inference_mode()
 def parity(extractor, graph, recording, seconds):
-    """The largest difference between graph and network over so many seconds of a recording, as a share of the peak."""
+    """The largest difference between graph and network over so many seconds of a recording, as a share of the peak.
+
+    Two streams at once: the recording's voice, and the primary speaker.
+    """
     hop = extractor.stft.hop
-    samples = np.resize(recording, (1, round(seconds * extractor.sample_rate) // hop * hop))
-    dvector = extractor.enroll(recording).dvector[None]
-    expected, state = extractor.network.start(1), extractor.network.start(1)
+    samples = np.resize(recording, round(seconds * extractor.sample_rate) // hop * hop)
+    samples = np.stack([samples, samples])
+    dvector = torch.stack([extractor.enroll(recording).dvector, PRIMARY.dvector])
+    expected = state = extractor.network.start(2)
     estimates, steps = [], []
     for chunk in torch.from_numpy(samples).split(hop * 512, dim=-1):
         estimate, expected = extractor.network.extract(chunk, dvector, expected)

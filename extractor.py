@@ -30,7 +30,8 @@ CHECKPOINTS = ROOT / "models" / "extractor"
 PRIMARY_SECONDS, PRIMARY_STEP_SECONDS = 5.0, 1.0  # what the primary speaker is enrolled from, and where it may begin
 FRAME = 320  # samples that a level is measured over
 PRIMARY_LEVEL = 1e-8  # its median power at least, full scale 1
-LOUDEST = 1e4  # samples of a stream are clipped to this, 80 dB over full scale
+LOUDEST = 8.0  # samples of a stream are clipped to this, 18 dB over full scale: one click must not rule the level
+GRAPH_HOPS = 8  # that go through the graph one by one; more are faster together, through the network
 CHUNK = 2**17  # samples at most that go through the network at once, a whole number of hops
 
 
@@ -146,12 +147,13 @@ class Extractor:
     @torch.inference_mode()
     def advance(self, streams, samples):
         """The estimates (streams, samples), whole hops at 16 kHz, `stft.delay` late, of the next samples of streams."""
-        dvectors = torch.stack([stream.voice.dvector for stream in streams]).to(self.device)
+        dvectors = torch.stack([(stream.voice or PRIMARY).dvector for stream in streams]).to(self.device)
         state = [torch.cat(tensors) for tensors in zip(*(stream.state for stream in streams), strict=True)]
         estimates = []
-        one_hop = samples.shape[1] == self.stft.hop
-        extract = self.graph if self.graph is not None and one_hop else self.network.extract
-        for chunk in torch.from_numpy(samples).to(self.device).split(CHUNK, dim=-1):
+        extract, size = self.network.extract, CHUNK
+        if self.graph is not None and samples.shape[1] <= GRAPH_HOPS * self.stft.hop:
+            extract, size = self.graph, self.stft.hop
+        for chunk in torch.from_numpy(samples).to(self.device).split(size, dim=-1):
             estimate, state = extract(chunk, dvectors, state)
             estimates.append(estimate)
         for n, stream in enumerate(streams):
@@ -194,9 +196,12 @@ def find_graph(path, network):
 
 
 def digest(network):
-    """A hash of a network's weights, by which a graph says whose it is."""
+    """A hash of a network's weights and configuration, by which a graph says whose it is."""
     weights = network.state_dict()
-    return hashlib.sha256(b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))).hexdigest()
+    found = hashlib.sha256(repr(network.config).encode())
+    for name in sorted(weights):
+        found.update(weights[name].cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 class Stream:
@@ -240,7 +245,7 @@ class Stream:
     def take(self, samples):
         """Add samples at `rate` to those that wait; returns the whole hops that are ready."""
         # what is no sound must not stay in the network's memory for ever
-        samples = np.nan_to_num(np.asarray(samples, dtype=np.float32), nan=0.0).clip(-LOUDEST, LOUDEST)
+        samples = np.nan_to_num(np.asarray(samples, dtype=np.float32), posinf=0.0, neginf=0.0).clip(-LOUDEST, LOUDEST)
         self.fed += len(samples)
         self.waiting = np.concatenate([self.waiting, self.there.feed(samples)])
         size = len(self.waiting) // self.extractor.stft.hop * self.extractor.stft.hop

@@ -11,6 +11,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from utils import UserError, option, parse, require, run
 BACKLOG_SECONDS = 0.2  # of mixture that may wait for the network beyond the latency, until the oldest is dropped
 FADE = np.linspace(0, 1, 64, dtype=np.float32)  # over a gap's edges
 TICK_SECONDS = 0.05  # between two looks at keys, device and voice
-GAIN_STEP_DB = 3.0
+GAIN_DB, GAIN_STEP_DB = (-60.0, 40.0), 3.0
 WARM_UP_BLOCKS = 20  # the network's first steps are slow
 
 
@@ -53,7 +54,8 @@ class Options:
     def __post_init__(self):
         least = audio.SHORTEST_REFERENCE_SECONDS
         require(self, (lambda value: value is None or least <= value <= 60, f"{least:g} to 60 seconds"), "enroll")
-        require(self, (lambda value: -60 <= value <= 40, "-60 to 40 dB"), "gain")
+        low, high = GAIN_DB
+        require(self, (lambda value: low <= value <= high, f"{low:g} to {high:g} dB"), "gain")
         require(self, (lambda value: 0 <= value <= 1, "0 to 1 second"), "reserve")
         voices = [f"--{name}" for name in ("reference", "voice", "enroll") if getattr(self, name) is not None]
         if len(voices) > 1:
@@ -86,9 +88,9 @@ def main(argv):
     if options.save and voice:
         voice.save(options.save)
     stream = extractor.stream(voice, device.rate)
-    primary = None if voice else Primary(stream)
+    primary = None if voice else Primary(stream, at_once=not options.pace)
     gone = None
-    with contextlib.ExitStack() as files:
+    with ends_like_ctrl_c() as hold, contextlib.ExitStack() as files:
         recording = audio.Writer(options.record, device.rate, channels=2) if options.record else None
         if recording:
             files.enter_context(recording)
@@ -100,11 +102,13 @@ def main(argv):
             listen(live, device, primary)
         except KeyboardInterrupt:
             pass
-        except UserError as error:
-            gone = error  # what was recorded until then is kept
+        except Exception as error:  # what was recorded until then is kept
+            gone = error
         finally:
+            hold()
             device.stop()
             live.close()
+    gone = gone or device.error
     print(f"{live.fed / device.rate:.1f} s, {figures(live, device)}")
     if options.save and primary and primary.enrolled_seconds:
         stream.voice.save(options.save)
@@ -112,6 +116,23 @@ def main(argv):
         raise gone
     if options.save and primary and not primary.enrolled_seconds:
         raise UserError(f"{options.save}: not saved, nobody has spoken for {LOCK_SECONDS:g} s; give --reference")
+
+
+@contextlib.contextmanager
+def ends_like_ctrl_c():
+    """Let a closed terminal and a kill end it as Ctrl-C does; yields a function after which nothing interrupts."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), signal.default_int_handler) for name in names}
+
+    def hold():
+        for name in names:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    try:
+        yield hold
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 # ---- Between the device and the network ----
@@ -136,10 +157,15 @@ class Ring:
             self.end += len(samples)
             self.changed.notify_all()
 
-    def read(self, count):
-        """The next `count` samples, as far as they have been written, and how many before them are gone."""
+    def read(self, count, catch_up=False):
+        """The next `count` samples, as far as they have been written, and how many before them are gone.
+
+        With `catch_up`, who finds some gone goes on with the latest: what waits before them would come too late, too.
+        """
         with self.changed:
             first = max(self.start, self.end - len(self.samples))
+            if catch_up and first > self.start:
+                first = self.end - count
             lost, self.start = first - self.start, first + count
             return self.samples[np.arange(first, min(first + count, self.end)) % len(self.samples)], lost
 
@@ -212,7 +238,7 @@ class Live:
         if self.gap:
             self.underruns += 1
             silence = np.zeros(count - len(heard), dtype=np.float32)
-            fade = FADE[::-1][: len(silence)]
+            fade = np.linspace(1, 0, min(len(FADE), len(silence)), dtype=np.float32)
             silence[: len(fade)] = (heard[-1] if len(heard) else self.last) * fade
             heard = np.concatenate([heard, silence])
         self.last = heard[-1]
@@ -222,7 +248,7 @@ class Live:
         """The network's thread."""
         try:
             while self.mixtures.wait(self.block):
-                mixture, lost = self.mixtures.read(self.block)
+                mixture, lost = self.mixtures.read(self.block, catch_up=True)
                 if lost:
                     self.overruns += 1
                     self.give(np.zeros((lost, 2), dtype=np.float32))  # so that what follows stays in time
@@ -328,9 +354,10 @@ def listen(live, device, primary=None):
                 live.bypass = not live.bypass
             if key in ("+", "-"):
                 live.gain_db += GAIN_STEP_DB if key == "+" else -GAIN_STEP_DB
+                live.gain_db = min(max(live.gain_db, GAIN_DB[0]), GAIN_DB[1])
             if key == "n" and primary:
                 primary.restart()
-            if primary:
+            if primary and not primary.at_once:
                 primary.update()
             show(status(live, device, primary))
             time.sleep(TICK_SECONDS)
@@ -340,19 +367,28 @@ def listen(live, device, primary=None):
 def status(live, device, primary):
     """One line for the terminal."""
     mixture_db, heard_db = map(level_db, live.latest)
-    state = "bypass" if live.bypass else f"gain {live.gain_db:+.0f} dB"
+    state = "bypass" if live.bypass else f"{live.gain_db:+.0f} dB"
     if primary:
-        known = f"{primary.enrolled_seconds:.0f} s" if primary.enrolled_seconds else "searching"
-        state += f", voice: {known}"
-    return f"in {mixture_db:4.0f} out {heard_db:4.0f} dB, {state}, {figures(live, device)}"
+        state += f" voice {primary.enrolled_seconds:.0f} s" if primary.enrolled_seconds else " searching"
+    delays = [round(1000 * seconds) for seconds in latencies(live, device).values()]
+    return (
+        f"in {mixture_db:.0f} out {heard_db:.0f} dB | {state} | rtf {live.real_time_factor:.2f} | "
+        f"{sum(delays)} ms = {'+'.join(map(str, delays))} | "
+        f"over {live.overruns + device.overruns} under {live.underruns + device.underruns}"
+    )
+
+
+def latencies(live, device):
+    """By how many seconds what is heard is late, by cause."""
+    algorithm = live.stream.extractor.stft.n_fft / live.stream.extractor.sample_rate
+    conversion = live.stream.delay / device.rate - algorithm
+    card = device.latency + (live.lag - live.stream.delay) / device.rate
+    return {"algorithm": algorithm, "conversion": conversion, "device": card}
 
 
 def figures(live, device):
     """What was lost, how fast the network is, and by how much what is heard is late."""
-    algorithm = live.stream.extractor.stft.n_fft / live.stream.extractor.sample_rate
-    conversion = live.stream.delay / device.rate - algorithm
-    card = device.latency + (live.lag - live.stream.delay) / device.rate
-    parts = {"algorithm": algorithm, "conversion": conversion, "device": card}
+    parts = latencies(live, device)
     return (
         f"overruns {live.overruns + device.overruns}, underruns {live.underruns + device.underruns}, "
         f"real-time factor {live.real_time_factor:.2f}, latency {1000 * sum(parts.values()):.0f} ms ("

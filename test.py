@@ -72,7 +72,8 @@ def main(argv):
         if options.target:
             compare(path, target, output)
         if options.play:
-            play(*read_at_own_rate(output))
+            with audio.Reader(output) as reader:
+                play(reader.blocks(1.0), reader.rate)
     return 2 if failed else 0
 
 
@@ -152,7 +153,7 @@ def extract_example(extractor, options):
     print(place / "spectrograms.png")
     if options.play:
         for samples in (mixture, target, estimate):
-            play(samples, extractor.sample_rate)
+            play([samples], extractor.sample_rate)
 
 
 def compare(mixture, target, output):
@@ -170,13 +171,8 @@ def print_scores(signals):
     if not target.any():
         print(f"the target does not speak; the estimate is {attenuation_db(estimate, mixture):.1f} dB quieter")
         return
-    before, after = (score(signals[name], signals["target"]) for name in ("mixture", "estimate"))
+    before, after = si_sdr(mixture, target).item(), si_sdr(estimate, target).item()
     print(f"SI-SDR: mixture {before:.1f} dB, estimate {after:.1f} dB, improvement {after - before:.1f} dB")
-
-
-def score(estimate, target):
-    """SI-SDR in dB of numpy signals (samples,)."""
-    return si_sdr(torch.from_numpy(estimate), torch.from_numpy(target)).item()
 
 
 def picture(path, signals, rate):
@@ -193,19 +189,16 @@ def picture(path, signals, rate):
     plt.close(figure)
 
 
-def play(samples, rate):
-    """Play a signal (samples,), or say why that cannot be done."""
+def play(blocks, rate):
+    """Play a signal that comes in blocks (samples,), or say why that cannot be done."""
     try:
         import sounddevice  # needs the PortAudio library, which may be missing
 
-        sounddevice.play(samples, rate, blocking=True)
+        with sounddevice.OutputStream(rate, channels=1, dtype="float32") as stream:
+            for block in blocks:
+                stream.write(np.ascontiguousarray(block[:, None], dtype=np.float32))
     except Exception as error:
         print(f"not played: {str(error).strip()}; on Linux: sudo apt-get install libportaudio2", file=sys.stderr)
-
-
-def read_at_own_rate(path):
-    with audio.Reader(path) as reader:
-        return np.concatenate(list(reader.blocks(BLOCK_SECONDS))), reader.rate
 
 
 if __name__ == "__main__":

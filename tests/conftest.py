@@ -13,11 +13,17 @@ import downloader
 import mixing
 import model
 import utils
+from metrics import si_sdr
 from utils import ROOT
 
 CORPORA = Path(os.environ.get("CORPORA", ROOT.parent / "shared" / "corpora"))
 DEMO = ROOT / "datasets" / "demo"
 SIZE = 40
+
+
+def score(estimate, target):
+    """SI-SDR in dB of numpy signals (samples,)."""
+    return si_sdr(torch.from_numpy(estimate.copy()), torch.from_numpy(target)).item()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DEMO
+from conftest import DEMO, score
 
 import audio
 import test as script_under_test
@@ -154,7 +154,7 @@ def test_one_file_in_one_file_out_with_figures_and_a_picture(script, checkpoint,
     assert soundfile.info(output).frames == soundfile.info(MIXTURE).frames
     assert "SI-SDR: mixture" in done.stdout
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    before = script_under_test.score(audio.read(MIXTURE), audio.read(DEMO / "target.flac"))
+    before = score(audio.read(MIXTURE), audio.read(DEMO / "target.flac"))
     assert f"mixture {before:.1f} dB" in done.stdout
 
 
@@ -213,7 +213,7 @@ def test_without_a_mixture_it_shows_a_validation_example(script, checkpoint, sto
     assert names == {"mixture.wav", "target.wav", "estimate.wav", "spectrograms.png"}
     assert "improvement" in done.stdout
     mixture, target = audio.read(tmp_path / "mixture.wav"), audio.read(tmp_path / "target.wav")
-    assert f"mixture {script_under_test.score(mixture, target):.1f} dB" in done.stdout
+    assert f"mixture {score(mixture, target):.1f} dB" in done.stdout
 
 
 def bad_inputs(folder):
