@@ -260,6 +260,12 @@ def find(sources, kind, root):
     return sorted(found.values(), key=lambda r: (r.corpus, r.speaker, r.path))
 
 
+def is_fetched(name, root):
+    """Whether the corpus of this name is below `root`, whole."""
+    (corpus,) = (corpus for corpus in CORPORA if corpus.name == name)
+    return all((Path(root) / corpus.folder / archive.unpacked).exists() for archive in corpus.archives)
+
+
 def fetched_files(corpus, kind, folder):
     paths = []
     for archive in corpus.archives:

@@ -22,11 +22,13 @@ import corpora
 import mixing
 import report
 from downloader import end_with_parent
-from extractor import Extractor, default_checkpoint
+from extractor import Extractor, default_checkpoint, digest
 from lists import ESTIMATE, LISTS, MAIN, OTHER, QUICK, SELF, fixed_lists
 from metrics import attenuation_db, over_suppression, si_sdr
 from model import DEVICE
 from utils import POSITIVE, RANGE, ROOT, UserError, option, parse, require, run, whole
+
+ACCENTS = ("VCTK",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Options:
     speech: list[str] = option(
         [], "corpora or folders with a folder per speaker, used whole (default: the speakers the downloader holds out)"
     )
-    accents: list[str] = option([], "more such speech, for the list accents")
+    accents: list[str] = option([], "more such speech, for the list accents (default: VCTK, if it is fetched)")
     words: list[str] = option(
         [],
         "speech with transcripts, for word errors: LibriSpeech, used whole, or speechocean762, its held-out speakers",
@@ -86,10 +88,21 @@ def main(argv):
     if not options.cases:
         scenes = {name: scene_of(cases[n]) for name, n in report.extremes(rows).items()}
         examples = {name: {"target": scene.target, **hear(extractor, scene)} for name, scene in scenes.items()}
-        print(report.save(output, rows, summary, examples, extractor.sample_rate))
+        print(report.save(output, about(extractor, rows, options), rows, summary, examples, extractor.sample_rate))
     if options.curve:
         report.learning_curve(options.curve, extractor.checkpoint.get("curve", []))
         print(options.curve)
+
+
+def about(extractor, rows, options):
+    """A sentence that says what was scored, and with what."""
+    speakers = {row["target"]["speaker"] for row in rows}
+    path = options.checkpoint or default_checkpoint()
+    return (
+        f"The checkpoint {Path(path).name} (step {extractor.checkpoint.get('step')}, weights "
+        f"{digest(extractor.network)[:12]}) on lists drawn with seed {options.seed}, of {len(speakers)} speakers of "
+        f"{', '.join(sorted({row['target']['corpus'] for row in rows}))}."
+    )
 
 
 def save_json(path, **contents):
@@ -116,7 +129,8 @@ def find_recordings(options):
     words = find(options.words, "speech")
     trained_on = [r for r in words if r.corpus == "speechocean762"]
     excluded = set(corpora.split_speakers(trained_on)[0]) if trained_on else ()
-    found = {"speech": speech, "accents": find(options.accents, "speech")}
+    fetched = [] if options.speech else [name for name in ACCENTS if corpora.is_fetched(name, options.datasets)]
+    found = {"speech": speech, "accents": find(options.accents or fetched, "speech")}
     found["words"] = [r for r in words if r not in excluded]
     for kind, names in (("noise", options.noise), ("music", options.music)):
         wanted = "noisy" in options.names and names != ["none"]
@@ -211,9 +225,10 @@ def read_case(folder):
         reference = audio.read(path["reference"])
         audio.check_reference(reference, path["reference"])
     # the mixture may have been made louder or quieter than its parts
-    scale = np.dot(mixture, target) / max(np.dot(target, target), 1e-12)
+    target = target * max(0.0, np.dot(mixture, target) / max(np.dot(target, target), 1e-12))
     about = {"list": "cases", "case": folder.name, "target": {"speaker": folder.name}}
-    return Scene(mixture, target, mixture - scale * target, {ESTIMATE: reference}, about)
+    references = {ESTIMATE: None, SELF: None} if reference is None else {ESTIMATE: reference}
+    return Scene(mixture, target, mixture - target, references, about)
 
 
 def hear(extractor, scene):

@@ -22,6 +22,7 @@ SELF = "self-enrolled"  # the primary speaker, with what is heard of it as the r
 NOISE_DB, PRIMARY_DB = [0.0, 15.0], [3.0, 10.0]
 PRIMARY_SEGMENT = 10.0  # seconds, so that there is something to enroll
 LONGEST_WORDS, MOST_WORDS = 10.0, 100  # seconds of an utterance whose words are scored, mixtures: that takes long
+SHORTEST = 2.0  # seconds of a mixture
 TRIES = 1000  # to draw what a list asks for
 EPSILON = 1e-6  # seconds, of rounding
 
@@ -93,12 +94,13 @@ def fixed_lists(names, recordings, texts, **common):
     return cases
 
 
-def two_voices(speech, count, segment, sir_db, seed, noise=(), shape=lambda rng, mixer, case: case, **settings):
+def two_voices(speech, count, segment, sir_db, seed, noise=(), shape=None, **settings):
     """A list of `count` cases, item i drawn from (`seed`, i), with one interfering voice unless `settings` say more.
 
-    `shape(rng, mixer, case)` makes of a case what a list is about, or returns `None`, and another one is drawn. Raises
-    `UserError` where the recordings hold no such cases.
+    `shape(rng, mixer, case)` makes of a case what a list is about, `overlapped` unless given, or returns `None`, and
+    another one is drawn. Raises `UserError` where the recordings hold no such cases.
     """
+    shape = shape or overlapped
     nothing = dict.fromkeys(["more_voices", "no_voices", "absent", "partial", "noise_share", "music_share"], 0)
     settings = mixing.Settings(**{**nothing, "segment": segment, "sir_db": sir_db, **settings})
     mixer = mixing.Mixer(settings, speech, noise)
@@ -132,16 +134,36 @@ def total(pieces):
 # ---- Shapes of `two_voices` ----
 
 
+def overlapped(rng, mixer, case):
+    """All voices speak from start to end: where a recording is shorter than the segment, that ends with it."""
+    plan = case.plan
+    voices = [piece for piece in (plan.target, *plan.interference) if piece]
+    seconds = min(piece.seconds for piece in voices)
+    if seconds < min(SHORTEST, case.settings.segment):
+        return None
+
+    def placed(piece, offset=0.0):
+        return piece and replace(piece, seconds=min(piece.seconds, seconds), offset=offset)
+
+    plan = replace(
+        plan,
+        target=placed(plan.target),
+        interference=[placed(piece) for piece in plan.interference],
+        noise=[placed(piece, min(piece.offset, max(0.0, seconds - piece.seconds))) for piece in plan.noise],
+    )
+    return replace(case, plan=plan, settings=replace(case.settings, segment=seconds))
+
+
 def alone(rng, mixer, case):
     """Only the target speaks."""
-    return replace(case, plan=replace(case.plan, interference=[]))
+    return overlapped(rng, mixer, replace(case, plan=replace(case.plan, interference=[])))
 
 
 def two_others(rng, mixer, case):
     """Two interfering voices, and no control, as a reference of one of them must not extract both."""
     if len(case.plan.interference) < 2:
         return None
-    return replace(case, references={ESTIMATE: case.references[ESTIMATE]})
+    return overlapped(rng, mixer, replace(case, references={ESTIMATE: case.references[ESTIMATE]}))
 
 
 def with_and_without(rng, mixer, case):
@@ -155,7 +177,7 @@ def several_lengths(rng, mixer, case):
     if total(case.plan.reference) < max(REFERENCES) - EPSILON:
         return None
     references = {f"reference {seconds} s": seconds for seconds in REFERENCES}
-    return replace(case, references={**references, OTHER: case.references[OTHER]})
+    return overlapped(rng, mixer, replace(case, references={**references, OTHER: case.references[OTHER]}))
 
 
 def same_or_another(rng, mixer, case):
@@ -169,7 +191,7 @@ def same_or_another(rng, mixer, case):
     if plan.equalise or seconds < mixing.MIN_REFERENCE_SECONDS:  # equalised: there are no others
         return None
     references = {"same recording": [replace(rest, seconds=seconds)], "another recording": seconds}
-    return replace(case, references={**references, OTHER: case.references[OTHER]})
+    return overlapped(rng, mixer, replace(case, references={**references, OTHER: case.references[OTHER]}))
 
 
 def filled(rng, mixer, case):

@@ -10,7 +10,7 @@ import numpy as np
 
 import audio
 import corpora
-from lists import ESTIMATE
+from lists import ESTIMATE, OTHER, SELF
 from test import picture
 from utils import whole
 
@@ -104,7 +104,8 @@ def measure(rows, name, column):
     if not chosen:
         return None
     values = np.array([row["signals"][name][column.figure] for row in chosen], dtype=float)
-    speakers = np.array([row["target"]["speaker"] for row in chosen])
+    scored = [(name == OTHER and row["interferers"] or [row["target"]])[0] for row in chosen]
+    speakers = np.array([voice["speaker"] for voice in scored])
     low, high = interval(values, speakers, column.statistic) if column.interval else (None, None)
     return float(column.statistic(values)), low, high
 
@@ -167,12 +168,13 @@ def case_table(rows):
     """A line for each of `evaluate.read_case`'s rows, as text."""
     shown = (
         ("mixture", "mixture", "si_sdr"), ("estimate", ESTIMATE, "si_sdr"), ("improvement", ESTIMATE, "improvement"),
-        ("oracle mask", ORACLE, "si_sdr"), ("SDR", ESTIMATE, "sdr"), ("PESQ", ESTIMATE, "pesq"),
-        ("STOI", ESTIMATE, "stoi"), ("quieter", ESTIMATE, "attenuation_db"),
+        ("self-enrolled", SELF, "si_sdr"), ("oracle mask", ORACLE, "si_sdr"), ("SDR", ESTIMATE, "sdr"),
+        ("PESQ", ESTIMATE, "pesq"), ("STOI", ESTIMATE, "stoi"), ("quieter", ESTIMATE, "attenuation_db"),
     )  # fmt: skip
+    shown = [column for column in shown if any(column[1] in row["signals"] for row in rows)]
     lines = [["case", *(title for title, _, _ in shown)]]
     for row in rows:
-        values = [row["signals"][name].get(figure) for _, name, figure in shown]
+        values = [row["signals"].get(name, {}).get(figure) for _, name, figure in shown]
         lines.append([row["case"], *(cell(value, "{:.2f}") for value in values)])
     return "\n".join(corpora.aligned(lines))
 
@@ -187,10 +189,19 @@ def extremes(rows):
     return {"best": max(gains, key=gains.get), "worst": min(gains, key=gains.get)} if gains else {}
 
 
-def save(folder, rows, figures, examples, rate):
-    """Write report.md: the rows' `summary`, pictures, and the sound of examples, {name: signals}; returns its path."""
+def save(folder, about, rows, figures, examples, rate):
+    """Write report.md: what was scored, the rows' `summary`, pictures, and the sound of examples, {name: signals}.
+
+    Returns its path.
+    """
     head, *body = table(figures, brief=False)
-    lines = ["# Evaluation", "", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))]
+    lines = [
+        "# Evaluation",
+        "",
+        about,
+        "",
+        *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)),
+    ]
     lines += ["", LEGEND + ".", ""]
     for name, figure in pictures(rows).items():
         save_picture(folder / f"{name}.png", figure)

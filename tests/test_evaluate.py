@@ -56,7 +56,7 @@ def speakers(pieces):
 # ---- The lists ----
 
 
-def test_the_two_voices_are_those_that_earlier_figures_were_measured_on():
+def test_the_two_voices_are_the_same_on_every_machine():
     plans = [case.plan for case in paper_list("two-voices", count=3)]
     drawn = [(p.speaker.speaker, p.interference[0].recording.speaker, p.target.recording.path.stem) for p in plans]
     assert drawn == [("A/5", "A/0", "6"), ("B/0", "B/3", "3"), ("B/1", "A/3", "5")]
@@ -106,6 +106,25 @@ def test_a_list_has_the_voices_and_conditions_that_it_names(name, interferers, s
             assert 0 <= plan.snr_db <= 15
         if name == "accents":
             assert speakers([*plan.reference, *plan.interference]) <= {r.speaker for r in PAPER["accents"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two-voices", "noisy", "three-voices", "accents", "reverberant", "target-absent", "reference-length", "pairs"],
+)
+def test_all_voices_speak_from_start_to_end(name, monkeypatch):
+    """Also where recordings are shorter than the segment, which then ends with the shortest."""
+    short = {"speech": voices("A", 6, seconds=2.5), "accents": voices("C", 5, seconds=2.5)}
+    monkeypatch.setitem(globals(), "PAPER", {**PAPER, **short})
+    lengths = set()
+    for case in paper_list(name):
+        plan = case.plan
+        lengths.add(case.settings.segment)
+        for piece in [*([plan.target] if plan.target else []), *plan.interference]:
+            assert (piece.offset, piece.seconds) == (0, case.settings.segment)
+        for piece in plan.noise:
+            assert piece.offset + piece.seconds <= case.settings.segment
+    assert lists.SHORTEST <= min(lengths) < max(lengths) <= 4
 
 
 def test_noise_and_music_take_turns():
@@ -351,6 +370,9 @@ def test_over_suppression_is_the_share_of_active_frames_that_are_lost():
     estimate[: 20 * 320] *= 0.1
     assert over_suppression(estimate, target).item() == pytest.approx(0.4)
     assert over_suppression(0 * target, target) == 1
+    other = torch.randn(100 * 320, generator=torch.Generator().manual_seed(1))
+    assert over_suppression(target + other, target) < 0.01
+    assert over_suppression(0.1 * target + other, target) > 0.95  # what leaks of others does not hide it
 
 
 def test_the_oracle_mask_is_bounded_as_the_networks():
@@ -455,7 +477,17 @@ def test_what_is_not_the_target_is_interference_at_any_level(case):
     scene = evaluate.read_case(case)
     assert si_sdr(torch.from_numpy(scene.interference), torch.from_numpy(interference)) > 20
     (case / "reference.ogg").unlink()
-    assert evaluate.read_case(case).references == {ESTIMATE: None}
+    assert evaluate.read_case(case).references == {ESTIMATE: None, SELF: None}
+
+
+def test_cases_are_a_line_each_with_what_was_scored():
+    def row(case, *signals):
+        return {"case": case, "signals": {name: {"si_sdr": 1.234, "improvement": 5.0} for name in signals}}
+
+    table = report.case_table([row("one", "mixture", ESTIMATE), row("two", "mixture", ESTIMATE)])
+    assert [line.split()[:3] for line in table.splitlines()[1:]] == [["one", "1.23", "1.23"], ["two", "1.23", "1.23"]]
+    assert "self-enrolled" not in table
+    assert "self-enrolled" in report.case_table([row("one", ESTIMATE), row("two", ESTIMATE, SELF)])
 
 
 def test_cases_that_cannot_be_used(refusal, checkpoint, case):

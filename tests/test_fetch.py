@@ -496,8 +496,10 @@ def test_what_is_fetched_is_found(mirror_of_all, tmp_path, name, kind, speakers)
     (corpus,) = (corpus for corpus in corpora.CORPORA if corpus.name == name)
     with pytest.raises(UserError, match="not fetched yet; run python3 downloader.py"):
         corpora.find([name], kind, tmp_path)
+    assert not corpora.is_fetched(name, tmp_path)
     assert fetch.disk_needed([corpus], tmp_path) > corpus.about_bytes
     fetch.fetch(corpus, tmp_path, mirror_of_all)
+    assert corpora.is_fetched(name, tmp_path)
     assert fetch.disk_needed([corpus], tmp_path) == 0
     found = corpora.find([name], kind, tmp_path)
     assert {r.speaker for r in found} == speakers
