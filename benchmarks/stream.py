@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import librosa
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import audio  # noqa: E402
-import model  # noqa: E402
 from extractor import Extractor, default_checkpoint  # noqa: E402
 from utils import POSITIVE, ROOT, option, parse, require, run  # noqa: E402
 
@@ -54,18 +54,29 @@ def main(argv):
     else:
         show("ONNX graph", [one_stream(extractor, voice, samples) for _ in range(RUNS)])
         print(f"memory over the interpreter with its libraries: {memory() - before:.0f} MB")
+        at_48000 = audio.Resampler(extractor.sample_rate, 48000).feed(samples[: len(samples) // 4])
+        show("ONNX graph, 48 kHz", [one_stream(extractor, voice, at_48000, 48000) for _ in range(RUNS)])
     extractor.graph = None
     short = samples[: len(samples) // 4]
-    show("PyTorch", [one_stream(extractor, voice, short) for _ in range(3)])
-    eager = extractor.network.mask
-    extractor.network.mask = torch.compile(eager)
-    one_stream(extractor, voice, short[: 16 * stft.hop])
-    show("PyTorch, torch.compile", [one_stream(extractor, voice, short) for _ in range(3)])
-    extractor.network.mask = eager
-    network = extractor.network
-    extractor.network = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
-    show("PyTorch, int8 linear", [one_stream(extractor, voice, short) for _ in range(3)])
+
+    def measure(name):
+        one_stream(extractor, voice, short[: 16 * stft.hop])
+        show(name, [one_stream(extractor, voice, short) for _ in range(3)])
+
+    measure("PyTorch")
+    network, eager = extractor.network, extractor.network.mask
+    network.mask = torch.compile(eager)
+    measure("PyTorch, torch.compile")
+    network.mask = torch.autocast("cpu", torch.bfloat16)(eager)
+    measure("PyTorch, bfloat16")
+    network.mask = eager
+    kinds = {torch.nn.Linear, torch.nn.LSTM}
+    extractor.network = torch.ao.quantization.quantize_dynamic(network, kinds, dtype=torch.qint8)
+    measure("PyTorch, int8")
     extractor.network = network
+    theirs = np.median([timed(lambda: librosa_round_trip(samples, stft)) for _ in range(3)])
+    ours = np.median([timed(lambda: round_trip(samples, stft)) for _ in range(3)])
+    print(f"STFT and back of the whole: librosa takes {theirs / ours:.1f} times as long as stft.py")
     whole = [timed(lambda: extractor.extract(samples, voice)) / options.seconds for _ in range(3)]
     print(f"whole file in large chunks: real-time factor {np.median(whole):.4f}")
     frames = voicefilter_frames(2.0)
@@ -74,7 +85,7 @@ def main(argv):
 
     extractor.graph = graph
     print(f"\nmany streams, {options.cores} threads, paced for {options.paced_seconds:g} s each:")
-    count, carried = options.cores, 0
+    count, carried = 1, 0
     while True:
         delays = many_streams(extractor, voice, samples, count, options.cores, options.paced_seconds)
         late = np.quantile(delays, 0.95)
@@ -83,28 +94,42 @@ def main(argv):
         )
         if late > DELAY_LIMIT:
             break
-        carried, count = count, count + max(options.cores, count // 2 // options.cores * options.cores)
+        carried, count = count, 2 * count if count < options.cores else count + max(options.cores, count // 4)
     print(f"carried with 95 % of the chunks done within {1000 * DELAY_LIMIT:.0f} ms: {carried}")
 
 
-def one_stream(extractor, voice, samples):
-    """The seconds that each chunk of one hop takes."""
-    stream, times = extractor.stream(voice), []
-    for start in range(0, len(samples), extractor.stft.hop):
-        chunk = samples[start : start + extractor.stft.hop]
+def one_stream(extractor, voice, samples, rate=audio.SAMPLE_RATE):
+    """Seconds that each chunk of one hop takes, and that it lasts."""
+    stream, times = extractor.stream(voice, rate), []
+    size = extractor.stft.hop * rate // extractor.sample_rate
+    for start in range(0, len(samples), size):
+        chunk = samples[start : start + size]
         times.append(timed(lambda chunk=chunk: stream.feed(chunk)))
-    return np.array(times)
+    return np.array(times), size / rate
 
 
 def show(name, runs):
-    hop = model.Config.hop / model.Config.sample_rate
-    factor = np.median([times.mean() / hop for times in runs])
+    factor = np.median([times.mean() / hop for times, hop in runs])
+    runs = [times for times, _ in runs]
     median, slowest = (1000 * np.median([np.quantile(times, q) for times in runs]) for q in (0.5, 0.99))
     print(f"{name:24} {factor:16.3f} {median:11.2f} ms {slowest:14.2f} ms", flush=True)
 
 
+def round_trip(samples, stft):
+    samples = torch.from_numpy(samples)[None]
+    return stft.samples(stft.spectrum(samples), samples.shape[-1])
+
+
+def librosa_round_trip(samples, stft):
+    spectrum = librosa.stft(samples, n_fft=stft.n_fft, hop_length=stft.hop)
+    return librosa.istft(spectrum, n_fft=stft.n_fft, hop_length=stft.hop, length=len(samples))
+
+
 def many_streams(extractor, voice, samples, count, cores, seconds):
-    """Seconds from a chunk's arrival to its estimate, for `count` streams that `cores` threads share, in real time."""
+    """Seconds from a chunk's arrival to its estimate, for `count` streams that `cores` threads share, in real time.
+
+    The chunks of all streams arrive at the same moments, and those of a thread go through the network together.
+    """
     hop = extractor.stft.hop
     period, delays = hop / extractor.sample_rate, []
     begin = time.monotonic() + 0.1
