@@ -113,7 +113,8 @@ class FullBand(nn.Module):
         y, memory = self.lstm(y, tuple(tensor.to(y.dtype)[None] for tensor in memory))
         scale, shift = self.condition(voice)[:, None].chunk(2, dim=-1)
         y = self.across(y * (1 + scale) + shift).reshape(batch, frames, -1, bands).permute(0, 2, 3, 1)
-        return x + self.expand(y.contiguous(memory_format=torch.channels_last)), [tensor[0] for tensor in memory]
+        memory = [tensor.reshape(batch, self.lstm.hidden_size) for tensor in memory]
+        return x + self.expand(y.contiguous(memory_format=torch.channels_last)), memory
 
 
 class Block(nn.Module):
