@@ -3,9 +3,11 @@
 import re
 import shlex
 
+import numpy as np
 import pytest
 from conftest import DEMO
 
+import audio
 from utils import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,4 +63,6 @@ def test_the_shipped_weights_extract_the_bundled_mixture(script, tmp_path):
     assert done.returncode == 0, done.stderr
     improvement = float(re.search(r"improvement ([-\d.]+) dB", done.stdout)[1])
     assert improvement >= 3
+    target, estimate = (audio.read(path) for path in (DEMO / "target.flac", tmp_path / "mixture_estimate.wav"))
+    assert 0.5 < np.dot(estimate, target) / np.dot(target, target) < 1.5  # as loud as in the mixture
     assert (ROOT / "models" / "extractor" / "pretrained.pt").stat().st_size <= 16_000_000
