@@ -200,6 +200,8 @@ class Live:
         self.gains = self.wanted_gains()
         self.behind = np.zeros(0, dtype=np.float32)  # mixture whose estimate is not there yet
         self.latest = np.zeros((2, block), dtype=np.float32)  # mixture and what is heard, for the level meter
+        self.stale, self.broken = 0, False  # samples to come of before mixture was dropped; whether it just was
+        self.given = np.zeros(2, dtype=np.float32)  # the last of mixture and estimate
         self.gap, self.last = False, 0.0  # whether the block before ended in a gap, and its last sample
         self.overruns = self.underruns = self.fed = 0
         self.busy_seconds, self.error = 0.0, None
@@ -251,21 +253,36 @@ class Live:
                 mixture, lost = self.mixtures.read(self.block, catch_up=True)
                 if lost:
                     self.overruns += 1
-                    self.give(np.zeros((lost, 2), dtype=np.float32))  # so that what follows stays in time
+                    silence = np.zeros((lost, 2), dtype=np.float32)  # so that what follows stays in time
+                    silence[: len(FADE)] = self.given * FADE[::-1, None][:lost]
+                    self.give(silence)
+                    self.stale, self.broken = len(self.behind), True
                 began = time.perf_counter()
                 estimate = self.stream.feed(mixture)
                 self.busy_seconds += time.perf_counter() - began
                 self.fed += len(mixture)
                 self.behind = np.concatenate([self.behind, mixture])
-                self.give(np.stack([self.behind[: len(estimate)], estimate], axis=1))
+                self.give(self.resume(np.stack([self.behind[: len(estimate)], estimate], axis=1)))
                 self.behind = self.behind[len(estimate) :]
         except Exception as error:  # `close` raises it
             self.error = error
         finally:
             self.estimates.close()
 
+    def resume(self, signals):
+        """Fade in what comes after mixture was dropped (samples, 2); what is from before is too late, and silenced."""
+        if self.broken:
+            stale = min(self.stale, len(signals))
+            self.stale -= stale
+            signals[:stale] = 0
+            fresh = signals[stale : stale + len(FADE)]
+            fresh *= FADE[: len(fresh), None]
+            self.broken = len(fresh) == 0
+        return signals
+
     def give(self, signals):
         """Pass on what comes next of mixture and estimate (samples, 2)."""
+        self.given = signals[-1] if len(signals) else self.given
         if self.primary:
             self.primary.hear(signals[:, 1])
         if self.recording:

@@ -219,8 +219,9 @@ class Network(nn.Module):
 
     def features(self, mixture, level):
         """What the network sees (batch, 3, freq, frames): compressed real and imaginary part, log magnitude."""
-        spectrum = torch.view_as_real(mixture / (level + 1e-9))
-        power = spectrum.square().sum(-1) + 1e-10
+        # lower bounds, as the export takes what is added for nothing if it is so small
+        spectrum = torch.view_as_real(mixture) / level.clamp(min=1e-9)[..., None]
+        power = spectrum.square().sum(-1).clamp(min=1e-10)
         compressed = spectrum * (power ** ((self.config.compression - 1) / 2))[..., None]
         features = torch.stack([compressed[..., 0], compressed[..., 1], 0.1 * power.log()], dim=1)
         return features.contiguous(memory_format=torch.channels_last)

@@ -39,6 +39,7 @@ class Options:
 def main(argv):
     options = parse(Options, argv, __doc__)
     torch.set_num_threads(1)
+    librosa.filters.mel(sr=audio.SAMPLE_RATE, n_fft=400)  # it loads libraries of its own when first used
     before = memory()
     extractor = Extractor(options.checkpoint or default_checkpoint())
     voice = extractor.enroll(audio.read(DEMO / "reference.opus"))
