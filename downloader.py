@@ -1,17 +1,12 @@
 """Fetch corpora, mix them with all cores and write the examples that `main.py` trains on; once per machine."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +20,7 @@ import fetch
 import mixing
 from encoder import SpeakerEncoder
 from model import Config, bf16_is_fast
-from utils import POSITIVE, ROOT, UserError, differences, option, parse, require, run, whole
+from utils import POSITIVE, ROOT, UserError, differences, option, parse, processes, require, run, whole
 
 BLOCK = 16  # examples that a worker makes at once
 AHEAD = 4  # blocks a worker that may be begun before the first is written
@@ -118,36 +113,40 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
     counts = {"train": size, "validation": validation_size(size)}
     begin(folder, store_settings(settings, recordings, counts, n_fft, hop))
     splits = split(recordings)
-    total = sum(counts.values())
-    missing = {
-        name: [n for n in range(-(-count // dataset.SHARD)) if not (folder / name / f"{n:05d}").exists()]
-        for name, count in counts.items()
-    }
     mixers = {name: mixing.Mixer(mixing_settings(settings), **recordings) for name, recordings in splits.items()}
-    blocks = [
-        (name, start, min(start + BLOCK, (n + 1) * dataset.SHARD, counts[name]))
-        for name in dataset.SPLITS
-        for n in missing[name]
-        for start in range(n * dataset.SHARD, min((n + 1) * dataset.SHARD, counts[name]), BLOCK)
+    shards = [
+        Shard(folder / name / f"{n:05d}", name, start, min(start + dataset.SHARD, count))
+        for name, count in counts.items()
+        for n, start in enumerate(range(0, count, dataset.SHARD))
     ]
-    to_do = sum(end - start for _, start, end in blocks)
-    executor = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), start_worker, (mixers, Config(n_fft=n_fft, hop=hop))
-    )
-    with tqdm(total=total, initial=total - to_do, unit="example", smoothing=0.05) as bar:
-        try:
-            made = in_order(executor, blocks, AHEAD * workers)
-            for name in dataset.SPLITS:
-                for n in missing[name]:
-                    count = min((n + 1) * dataset.SHARD, counts[name]) - n * dataset.SHARD
-                    examples = counted(bar, itertools.islice(made, count))
-                    dataset.write_shard(folder / name / f"{n:05d}", count, examples)
-        except concurrent.futures.BrokenExecutor as error:
-            raise UserError(
-                f"{folder}: a worker process was ended, perhaps for want of memory; run it again with fewer --workers"
-            ) from error
-        finally:
-            executor.shutdown(cancel_futures=True)
+    missing = [shard for shard in shards if not shard.path.exists()]
+    blocks = [
+        (shard.split, start, min(start + BLOCK, shard.end))
+        for shard in missing
+        for start in range(shard.start, shard.end, BLOCK)
+    ]
+    total, to_do = sum(counts.values()), sum(shard.count for shard in missing)
+    with (
+        tqdm(total=total, initial=total - to_do, unit="example", smoothing=0.05) as bar,
+        processes(workers, start_worker, mixers, Config(n_fft=n_fft, hop=hop)) as executor,
+    ):
+        made = in_order(executor, blocks, AHEAD * workers)
+        for shard in missing:
+            dataset.write_shard(shard.path, shard.count, counted(bar, itertools.islice(made, shard.count)))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A folder of examples number `start` to `end` of a split."""
+
+    path: Path
+    split: str
+    start: int
+    end: int
+
+    @property
+    def count(self):
+        return self.end - self.start
 
 
 def in_order(executor, blocks, ahead):
@@ -214,18 +213,8 @@ def begin(folder, settings):
 def start_worker(mixers, config):
     """Keep what `make_block` needs in this process."""
     global worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     worker = Worker(mixers, config, SpeakerEncoder(bf16_is_fast(torch.device("cpu"))))
-
-
-def end_with_parent():
-    """A killed main process must not leave its workers behind."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 @dataclass

@@ -1,14 +1,10 @@
 """Score a checkpoint on voices that it has never heard: fixed lists drawn from a seed, or cases of your own."""
 
-import concurrent.futures
 import functools
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +17,11 @@ import audio
 import corpora
 import mixing
 import report
-from downloader import end_with_parent
 from extractor import Extractor, default_checkpoint, digest
 from lists import ESTIMATE, LISTS, MAIN, OTHER, QUICK, SELF, fixed_lists
 from metrics import attenuation_db, over_suppression, si_sdr
 from model import DEVICE
-from utils import POSITIVE, RANGE, ROOT, UserError, option, parse, require, run, whole
+from utils import POSITIVE, RANGE, ROOT, UserError, option, parse, processes, require, run, whole
 
 ACCENTS = ("VCTK",)
 
@@ -332,25 +327,13 @@ def recogniser():
 def score_all(cases, options):
     """The rows of all cases, in order, made by `options.workers` processes."""
     jobs = [(case, not options.quick and case.list in MAIN) for case in cases]
-    executor = concurrent.futures.ProcessPoolExecutor(
-        options.workers,
-        multiprocessing.get_context("spawn"),
-        start_worker,
-        (options.checkpoint or default_checkpoint(), options.device),
-    )
-    try:
+    with processes(options.workers, prepare, options.checkpoint or default_checkpoint(), options.device) as executor:
         return list(tqdm(executor.map(score_job, jobs), total=len(jobs), unit="mixture", smoothing=0.05))
-    except concurrent.futures.BrokenExecutor as error:
-        raise UserError("a worker process was ended, perhaps for want of memory; give fewer --workers") from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
-def start_worker(checkpoint, device):
+def prepare(checkpoint, device):
     """Keep what `score_job` needs in this process."""
     global worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     worker = Extractor(checkpoint, device)
 

@@ -1,13 +1,18 @@
 """What every script shares: clear errors, whole files and command lines made from dataclasses."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import glob
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import types
 import typing
 from pathlib import Path
@@ -76,6 +81,36 @@ def alive(process):
     except PermissionError:
         pass
     return True
+
+
+@contextlib.contextmanager
+def processes(count, prepare, *args):
+    """Yield an executor of `count` processes, each of which calls `prepare(*args)` first; they end with this one.
+
+    Raises `UserError` where one of them is ended from outside.
+    """
+    context = multiprocessing.get_context("spawn")
+    executor = concurrent.futures.ProcessPoolExecutor(count, context, start_process, (prepare, *args))
+    try:
+        yield executor
+    except concurrent.futures.BrokenExecutor as error:
+        raise UserError(
+            "a worker process was ended, perhaps for want of memory; run it again with fewer --workers"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def start_process(prepare, *args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    prepare(*args)
+
+
+def end_with_parent():
+    """A killed main process must not leave its workers behind."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def option(default, help, **argparse_options):
