@@ -27,6 +27,7 @@ SPLITS = ("train", "validation")
 REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFERENCE_SECONDS
 PRIMARY_SHARE = 0.1  # of pairs have one voice that is louder and is wanted without a reference
 PRIMARY_SIR_DB = (3.0, 10.0)
+SAME_CORPUS_SHARE = 0.7  # of pairs are of one corpus: two are told apart by their microphones, not their voices
 NOISE_SHARE = 0.5  # of pairs get an example's noise, if it has any: voices are what is to be learnt first
 TARGET, INTERFERENCE, NOISE = map(PARTS.index, ("target", "interference", "noise"))
 TRIES = 1000  # to find an example that fits
@@ -119,6 +120,7 @@ class Examples(torch.utils.data.Dataset):
             ) from error
         self.powers = np.array([row["powers"] for row in self.index])
         self.absent = np.array([row["absent"] for row in self.index])
+        self.corpora = [row["target"]["corpus"] for row in self.index]
         # the speakers that sound in each part; noise has none
         self.speakers = [
             [set() if row["absent"] else {row["target"]["speaker"]}, {v["speaker"] for v in row["interferers"]}, set()]
@@ -166,15 +168,16 @@ class Examples(torch.utils.data.Dataset):
 
     def recipes(self, items):
         """The `Recipe` of each item, remixed."""
-        pairs = [self.pair(*items[n : n + 2]) for n in range(0, len(items), 2)]
+        pairs = [self.pair(items[n], items[min(n + 1, len(items) - 1)]) for n in range(0, len(items), 2)]
         return [recipe for pair in pairs for recipe in pair][: len(items)]
 
-    def pair(self, one, other=None):
+    def pair(self, one, other):
         """The two recipes of a mixture of these examples' targets; others stand in for those that do not fit."""
         settings = self.settings
-        rng = np.random.default_rng([self.seed, self.epoch, one, one if other is None else other])
+        rng = np.random.default_rng([self.seed, self.epoch, one, other])
         one = self.find(rng, TARGET, set(), one)
-        other = self.find(rng, TARGET, self.speakers[one][TARGET], other)
+        corpus = self.corpora[one] if rng.random() < SAME_CORPUS_SHARE else None
+        other = self.find(rng, TARGET, self.speakers[one][TARGET], other, corpus)
         if other is None:
             other = one
         speakers = self.speakers[one][TARGET] | self.speakers[other][TARGET]
@@ -202,11 +205,15 @@ class Examples(torch.utils.data.Dataset):
             recipes.append(Recipe([*voices, *noise], target, wanted, reference, alone))
         return recipes
 
-    def find(self, rng, part, speakers, first=None):
-        """An example, `first` if it fits, whose `part` sounds with none of these speakers in it; `None` for none."""
+    def find(self, rng, part, speakers, first=None, corpus=None):
+        """An example, `first` if it fits, whose `part` sounds with none of these speakers in it; `None` for none.
+
+        With `corpus`, the target of the example is of that corpus, unless none is found.
+        """
         example = int(rng.integers(len(self))) if first is None else first
-        for _ in range(TRIES):
-            if self.powers[example, part] > 0 and not self.speakers[example][part] & speakers:
+        for tried in range(TRIES):
+            sounds = self.powers[example, part] > 0 and not self.speakers[example][part] & speakers
+            if sounds and (corpus in (None, self.corpora[example]) or tried > TRIES / 2):
                 return example
             example = int(rng.integers(len(self)))
 

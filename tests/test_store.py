@@ -133,6 +133,28 @@ def test_both_voices_of_a_pair_are_wanted_of_the_same_mixture(store):
     assert all(kinds.values()), {name: len(found) for name, found in kinds.items()}
 
 
+def test_most_pairs_are_of_one_corpus(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    speakers = sorted({row["target"]["speaker"] for row in examples.index})
+    corpora = {speaker: "one" if n % 2 else "other" for n, speaker in enumerate(speakers)}
+    examples.corpora = [corpora[row["target"]["speaker"]] for row in examples.index]
+
+    def share(pairs):
+        """Of pairs of two voices, those of one corpus."""
+        same = [
+            len({examples.corpora[s.example] for s in one.sounds if s.part == dataset.TARGET}) == 1
+            for one, _ in pairs
+            if sum(s.part == dataset.TARGET for s in one.sounds) == 2
+        ]
+        return sum(same) / len(same)
+
+    assert dataset.SAME_CORPUS_SHARE < share(all_recipes(examples)) < 0.95
+    first = examples.index[0]["target"]["speaker"]
+    examples.corpora = ["alone" if row["target"]["speaker"] == first else "rest" for row in examples.index]
+    pair = examples.pair(0, 1)
+    assert examples.speakers[pair[0].wanted] != examples.speakers[pair[1].wanted]  # none other of its corpus
+
+
 def test_remixed_parts_have_ratios_in_the_stated_range(store):
     examples = dataset.Examples(store, "train", remix=True)
 
