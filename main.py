@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import dataset
 import model
-from metrics import attenuation_db, si_sdr, snr, spectral_distance
+from metrics import attenuation_db, si_sdr, spectral_distance
 from utils import POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
 
 MAX_SI_SDR = 30.0  # dB; a better estimate is not pushed further, or clean targets would rule the gradient
@@ -42,8 +42,9 @@ class Options(model.Config):
     learning_rate: float = option(3e-3, "highest learning rate")
     warmup: int = option(200, "steps in which the learning rate rises")
     decay: float = option(0.65, "share of the schedule, at its end, in which the learning rate falls to zero")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
+    weight_decay: float = option(0.01, "weight decay, of matrices and all else")
     spectral_weight: float = option(3.0, "weight of the spectral term beside the SI-SDR in dB")
+    level_weight: float = option(0.1, "weight of a dB by which the estimate is too loud or too quiet")
     absent_weight: float = option(0.2, "weight of a dB of attenuation where the target is absent")
     clip: float = option(5.0, "largest norm of the gradient")
     every: int = option(500, "steps between checkpoints, each with a validation")
@@ -113,6 +114,43 @@ class Team:
             gradient.copy_(part.view_as(gradient))
 
 
+class Optimizer:
+    """Muon (Jordan et al., 2024) for matrices and the kernels of convolutions, AdamW for all other parameters.
+
+    Its `state_dict` is that of both. Muon's steps are scaled as Liu et al. (2025, arXiv:2502.16982) do, so that one
+    learning rate suits both.
+    """
+
+    def __init__(self, parameters, weight_decay):
+        self.matrices = [p for p in parameters if p.ndim > 1]
+        # torch's Muon takes nothing but matrices: it gets views of the kernels, which share their memory
+        self.views = [as_matrix(p.detach()) for p in self.matrices]
+        assert all(view.data_ptr() == p.data_ptr() for view, p in zip(self.views, self.matrices, strict=True))
+        others = [p for p in parameters if p.ndim <= 1]
+        self.muon = torch.optim.Muon(self.views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, weight_decay=weight_decay)
+
+    def step(self, learning_rate):
+        for view, p in zip(self.views, self.matrices, strict=True):
+            view.grad = as_matrix(p.grad)
+        for optimizer in self.muon, self.adamw:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+    def state_dict(self):
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def as_matrix(kernel):
+    """A kernel (rows, channels, height, width) that lies channels-last in memory as a matrix of so many rows."""
+    return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+
+
 class Trainer:
     """The state of a training: network, optimizer, where it stands, and the examples."""
 
@@ -137,7 +175,7 @@ class Trainer:
             self.network.load_state_dict(self.beginning(config))
         if options.compile:
             self.network.mask = torch.compile(self.network.mask)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=options.weight_decay)
+        self.optimizer = Optimizer(list(self.network.parameters()), options.weight_decay)
         self.step = 0
         self.best = -math.inf
         self.curve = []  # a row for every validation
@@ -208,9 +246,10 @@ class Trainer:
         estimated, target, mixture = self.waveforms(estimate, batch.target, batch.mixture)
         ratio = si_sdr(estimated, target)
         silence = attenuation_db(estimated, mixture, eps=1e-4 * mixture.square().sum(-1) + 1e-8)
-        # SI-SDR alone knows no level and no sign: with it the silence of absent targets makes all estimates quiet
-        both = (ratio.clamp(max=MAX_SI_SDR) + snr(estimated, target).clamp(max=MAX_SI_SDR)) / 2
-        waveform = torch.where(batch.absent, -self.options.absent_weight * silence, -both)
+        # SI-SDR knows no level: without a term of its own the silence of absent targets makes all estimates quiet
+        level = attenuation_db(estimated, target).abs()
+        voice = self.options.level_weight * level - ratio.clamp(max=MAX_SI_SDR)
+        waveform = torch.where(batch.absent, -self.options.absent_weight * silence, voice)
         spectral = spectral_distance(estimate, batch.target, batch.mixture)
         loss = (waveform + self.options.spectral_weight * spectral).mean()
         return loss, ratio.detach().masked_fill(batch.absent, torch.nan)
@@ -264,10 +303,8 @@ class Trainer:
     def update(self, batch):
         """One step; returns its loss and SI-SDR in dB. Raises `UserError`, its batch saved, if they are not finite."""
         self.network.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
         loss, ratio = self.loss(batch, self.estimate(batch))
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         loss.backward()
         self.team.average([p.grad for p in self.network.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
@@ -277,7 +314,7 @@ class Trainer:
             raise UserError(
                 f"{path}: the loss or its gradient is not finite here; start again with a lower --learning-rate"
             )
-        self.optimizer.step()
+        self.optimizer.step(self.learning_rate())
         self.step += 1
         return loss.item(), ratio.nanmean().item()
 

@@ -17,15 +17,6 @@ def si_sdr(estimate, target, eps=1e-8):
     return 10 * torch.log10((projection.square().sum(-1) + eps) / (error.square().sum(-1) + eps))
 
 
-def snr(estimate, target, eps=1e-8):
-    """Signal-to-noise ratio in dB of signals (..., samples), where level and sign count; returns (...).
-
-    That is SDR without any rescaling: Le Roux et al. (2019), eq. 1.
-    """
-    error = estimate - target
-    return 10 * torch.log10((target.square().sum(-1) + eps) / (error.square().sum(-1) + eps))
-
-
 def attenuation_db(estimate, mixture, eps=1e-8):
     """How much less power than the mixture (..., samples) the estimate has, in dB; the figure for absent targets."""
     return 10 * torch.log10((mixture.square().sum(-1) + eps) / (estimate.square().sum(-1) + eps))

@@ -153,6 +153,7 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
+        self.mask_bias = nn.Parameter(torch.tensor([0.5, 0.0]))  # training begins by letting everything through
         self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
         self.register_buffer("dvector_mean", torch.zeros(size))
         self.register_buffer("dvector_scale", torch.ones(()))
@@ -238,7 +239,7 @@ class Network(nn.Module):
             new_states.extend(state)
         for conv, film in zip(self.up[:-1], self.up_film, strict=True):
             x = film(conv(x + skips.pop()), voice)
-        return self.up[-1](x + skips.pop()), new_states
+        return self.up[-1](x + skips.pop()) + self.mask_bias[:, None, None], new_states
 
     def bound(self, mask):
         """A mask (batch, 2, freq, frames) as complex numbers of magnitude up to `mask_bound`."""
