@@ -113,7 +113,11 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
     counts = {"train": size, "validation": validation_size(size)}
     begin(folder, store_settings(settings, recordings, counts, n_fft, hop))
     splits = split(recordings)
-    mixers = {name: mixing.Mixer(mixing_settings(settings), **recordings) for name, recordings in splits.items()}
+    drawn = mixing_settings(settings)
+    natural = dataclasses.replace(drawn, speed=[1.0, 1.0])  # what counts is how well voices as they are can be told
+    mixers = {
+        name: mixing.Mixer(drawn if name == "train" else natural, **recordings) for name, recordings in splits.items()
+    }
     shards = [
         Shard(folder / name / f"{n:05d}", name, start, min(start + dataset.SHARD, count))
         for name, count in counts.items()

@@ -115,18 +115,19 @@ class Team:
 
 
 class Optimizer:
-    """Muon (Jordan et al., 2024) for matrices and the kernels of convolutions, AdamW for all other parameters.
+    """Muon (Jordan et al., 2024) for matrices and the kernels of convolutions, AdamW for the last layer and all else.
 
     Its `state_dict` is that of both. Muon's steps are scaled as Liu et al. (2025, arXiv:2502.16982) do, so that one
     learning rate suits both.
     """
 
-    def __init__(self, parameters, weight_decay):
-        self.matrices = [p for p in parameters if p.ndim > 1]
+    def __init__(self, network, weight_decay):
+        last = network.up[-1].weight
+        self.matrices = [p for p in network.parameters() if p.ndim > 1 and p is not last]
         # torch's Muon takes nothing but matrices: it gets views of the kernels, which share their memory
         self.views = [as_matrix(p.detach()) for p in self.matrices]
         assert all(view.data_ptr() == p.data_ptr() for view, p in zip(self.views, self.matrices, strict=True))
-        others = [p for p in parameters if p.ndim <= 1]
+        others = [p for p in network.parameters() if p.ndim <= 1 or p is last]
         self.muon = torch.optim.Muon(self.views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, weight_decay=weight_decay)
 
@@ -175,7 +176,7 @@ class Trainer:
             self.network.load_state_dict(self.beginning(config))
         if options.compile:
             self.network.mask = torch.compile(self.network.mask)
-        self.optimizer = Optimizer(list(self.network.parameters()), options.weight_decay)
+        self.optimizer = Optimizer(self.network, options.weight_decay)
         self.step = 0
         self.best = -math.inf
         self.curve = []  # a row for every validation

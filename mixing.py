@@ -35,6 +35,7 @@ class Settings:
     partial: float = option(0.3, "share of examples in which the voices overlap only partly")
     noise_share: float = option(0.5, "share of examples with noise")
     music_share: float = option(0.2, "share of examples with music")
+    speed: list[float] = option([0.85, 1.18], "range of the speed of voices, which makes further ones of them", nargs=2)
     reverb: float = option(0.0, "share of examples in a reverberant room")
     sir_db: list[float] = option([-5.0, 5.0], "range of the target over the interference in dB", nargs=2)
     snr_db: list[float] = option([0.0, 20.0], "range of the target over noise and music in dB", nargs=2)
@@ -44,8 +45,9 @@ class Settings:
     def __post_init__(self):
         shares = ("more_voices", "no_voices", "absent", "partial", "noise_share", "music_share", "reverb")
         require(self, SHARE, *shares)
-        require(self, RANGE, "sir_db", "snr_db", "level_db")
+        require(self, RANGE, "sir_db", "snr_db", "level_db", "speed")
         require(self, POSITIVE, "max_voices")
+        require(self, (lambda speed: min(speed) >= 0.5 and max(speed) <= 2, "0.5 to 2"), "speed")
         require(self, (lambda seconds: seconds >= 0.1, "0.1 s or more"), "segment")
 
     @property
@@ -102,7 +104,8 @@ class Mixer:
         self.settings, self.noise, self.music = settings, list(noise), list(music)
         self.speakers = group(speech)
         for name, recordings in list(self.speakers.items()):
-            longest, total = max(r.seconds for r in recordings), sum(r.seconds for r in recordings)
+            seconds = [r.at(max(settings.speed)).seconds for r in recordings]
+            longest, total = max(seconds), sum(seconds)
             if max(longest - 1, total - longest) < MIN_REFERENCE_SECONDS:
                 del self.speakers[name]
         if len(self.speakers) < 2:
@@ -116,14 +119,15 @@ class Mixer:
         """Decide on one example with the numpy generator `rng`; returns a `Plan`."""
         s = self.settings
         name = self.names[rng.integers(len(self.names))]
-        target, reference, equalise = self.draw_target(rng, self.speakers[name])
+        target, reference, equalise = self.draw_target(rng, self.draw_voice(rng, name))
         absent = rng.random() < s.absent
         voices = 1
         if rng.random() < s.more_voices and s.max_voices > 1:
             voices = rng.integers(2, s.max_voices + 1)
         alone = not absent and rng.random() < s.no_voices and len(self.noise) > 0
         others = [n for n in rng.permutation(len(self.names))[: voices + 1] if self.names[n] != name]
-        interference = [] if alone else [self.draw_piece(rng, self.speakers[self.names[n]]) for n in others[:voices]]
+        voices = [] if alone else [self.draw_voice(rng, self.names[n]) for n in others[:voices]]
+        interference = [self.draw_piece(rng, recordings) for recordings in voices]
         noise = []
         for recordings, share in ((self.noise, s.noise_share), (self.music, s.music_share)):
             if recordings and (rng.random() < share or (alone and recordings is self.noise)):
@@ -144,6 +148,14 @@ class Mixer:
             room=rng.random() < s.reverb,
             seed=int(rng.integers(2**32)),
         )
+
+    def draw_voice(self, rng, name):
+        """The recordings of a speaker at a speed, whole percents of the time they take."""
+        slowest, fastest = self.settings.speed
+        if slowest == fastest == 1:
+            return self.speakers[name]
+        speed = 100 / round(100 / rng.uniform(slowest, fastest))
+        return [recording.at(speed) for recording in self.speakers[name]]
 
     def draw_piece(self, rng, recordings):
         """A piece of at most one segment out of one of the recordings; a shorter one lies anywhere in the segment."""
@@ -168,7 +180,8 @@ class Mixer:
 
     def draw_reference(self, rng, target):
         """Up to 10 s of other recordings of the speaker of a piece, or else of what its recording has outside it."""
-        others = [r for r in self.speakers[target.recording.speaker] if r is not target.recording]
+        speed = target.recording.speed
+        others = [r.at(speed) for r in self.speakers[target.recording.speaker] if r.path != target.recording.path]
         rests = [Piece(others[n], 0, others[n].seconds) for n in rng.permutation(len(others))]
         if sum(rest.seconds for rest in rests) < MIN_REFERENCE_SECONDS:
             end = target.start + target.seconds
@@ -229,7 +242,9 @@ def index_row(plan, powers, gains):
         }
 
     def what(piece):
-        return {"speaker": piece.recording.speaker, "file": piece.recording.path.name, "start": round(piece.start, 4)}
+        recording = piece.recording
+        start, speed = round(piece.start * recording.speed, 4), round(recording.speed, 4)
+        return {"speaker": recording.speaker, "file": recording.path.name, "start": start, "speed": speed}
 
     return {
         "target": who(plan.speaker),
@@ -263,7 +278,9 @@ def shorten(rng, piece, segment):
 
 def load(piece):
     """The samples of a piece (round(seconds * SAMPLE_RATE),); raises `UserError` where its file cannot be read."""
-    return audio.read_segment(piece.recording.path, piece.start, piece.seconds)
+    speed = piece.recording.speed
+    rate = round(audio.SAMPLE_RATE / speed)  # read at this rate and heard at another, it is faster or slower
+    return audio.read_segment(piece.recording.path, piece.start * speed, piece.seconds * speed, rate)
 
 
 def sound(pieces, samples, responses=None):

@@ -153,7 +153,9 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
-        self.mask_bias = nn.Parameter(torch.tensor([0.5, 0.0]))  # training begins by letting everything through
+        # training begins with half of the mixture: SI-SDR would hold on to a wrong sign that it begins with
+        self.mask_bias = nn.Parameter(torch.tensor([0.5, 0.0]))
+        nn.init.zeros_(self.up[-1].weight)
         self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
         self.register_buffer("dvector_mean", torch.zeros(size))
         self.register_buffer("dvector_scale", torch.ones(()))

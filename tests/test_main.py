@@ -101,7 +101,7 @@ def test_a_step_moves_matrices_alike_in_all_directions_and_every_other_weight():
     before = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    main.Optimizer(parameters, weight_decay=0).step(1e-3)
+    main.Optimizer(network, weight_decay=0).step(1e-3)
     for p, old in zip(parameters, before, strict=True):
         assert (p != old).any()
         if p.ndim == 4 and p[0].numel() > len(p):

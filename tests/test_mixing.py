@@ -80,6 +80,31 @@ def test_the_reference_never_overlaps_the_segment(recordings):
     assert same > 0 or all(len(group) > 1 for group in mixing.group(recordings["speech"]).values())
 
 
+def test_voices_have_speeds_of_their_own_and_so_do_their_references(recordings):
+    drawn = plans(mixer_of(recordings, absent=0, speed=[0.8, 1.25]))
+    speeds = [(plan.target.recording.speed, *(piece.recording.speed for piece in plan.interference)) for plan in drawn]
+    assert all(0.8 <= speed <= 1.25 for plan in speeds for speed in plan)
+    assert min(speeds)[0] < 0.87
+    assert max(speeds)[0] > 1.15
+    assert any(plan[0] != speed for plan in speeds for speed in plan[1:])
+    for plan in drawn:
+        assert {piece.recording.speed for piece in plan.reference} == {plan.target.recording.speed}
+    natural = plans(mixer_of(recordings, speed=[1, 1]))
+    assert all(piece.recording.speed == 1 for plan in natural for piece in [*plan.reference, *plan.interference])
+
+
+def test_a_faster_voice_is_higher_and_shorter(tmp_path):
+    moments = np.arange(4 * 16000) / 16000
+    audio.write(tmp_path / "tone.wav", 0.1 * np.sin(2 * np.pi * 400 * moments) * (moments > 2))
+    recording = corpora.Recording(tmp_path / "tone.wav", "speech", "", "one", 4.0).at(1.25)
+    assert recording.seconds == pytest.approx(4 / 1.25)
+    samples = mixing.load(mixing.Piece(recording, 1.5, 1.0))
+    assert len(samples) == 16000
+    assert np.abs(samples[: round((2 / 1.25 - 1.5) * 16000) - 50]).max() < 1e-3 < samples[2000:].max()
+    assert np.abs(np.fft.rfft(samples)).argmax() == 500  # Hz
+    assert recording.at(1).seconds == pytest.approx(4)
+
+
 def test_shares_are_as_set(recordings):
     drawn = plans(mixer_of(recordings, absent=0.2, no_voices=0.25, noise_share=0.5, music_share=0.3, more_voices=0.4))
     count = len(drawn)
