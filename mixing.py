@@ -121,12 +121,12 @@ class Mixer:
         name = self.names[rng.integers(len(self.names))]
         target, reference, equalise = self.draw_target(rng, self.draw_voice(rng, name))
         absent = rng.random() < s.absent
-        voices = 1
+        count = 1
         if rng.random() < s.more_voices and s.max_voices > 1:
-            voices = rng.integers(2, s.max_voices + 1)
+            count = rng.integers(2, s.max_voices + 1)
         alone = not absent and rng.random() < s.no_voices and len(self.noise) > 0
-        others = [n for n in rng.permutation(len(self.names))[: voices + 1] if self.names[n] != name]
-        voices = [] if alone else [self.draw_voice(rng, self.names[n]) for n in others[:voices]]
+        others = [n for n in rng.permutation(len(self.names))[: count + 1] if self.names[n] != name]
+        voices = [] if alone else [self.draw_voice(rng, self.names[n]) for n in others[:count]]
         interference = [self.draw_piece(rng, recordings) for recordings in voices]
         noise = []
         for recordings, share in ((self.noise, s.noise_share), (self.music, s.music_share)):
@@ -150,10 +150,11 @@ class Mixer:
         )
 
     def draw_voice(self, rng, name):
-        """The recordings of a speaker at a speed, whole percents of the time they take."""
+        """The recordings of a speaker at a speed."""
         slowest, fastest = self.settings.speed
         if slowest == fastest == 1:
             return self.speakers[name]
+        # they take whole percents of their time, so that `load` reads at rates with samples in common with the file's
         speed = 100 / round(100 / rng.uniform(slowest, fastest))
         return [recording.at(speed) for recording in self.speakers[name]]
 
