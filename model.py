@@ -2,9 +2,10 @@
 
 In the line of VoiceFilter (Wang et al., 2019, arXiv:1810.04826): a mask over the STFT of the mixture, conditioned on
 the target speaker's d-vector; here causal, complex and small enough for one core of a laptop. Strided convolutions
-bring the frequencies down to a few bands, blocks of {dilated convolutions over bands and past frames, an LSTM over time
-that sees all bands at once} look at voice and time, and a mirrored decoder returns to a mask for every frequency. The
-d-vector scales and shifts every stage (FiLM, Perez et al., 2018, arXiv:1709.07871).
+bring the frequencies down to a few bands, wider ones where voices have little power, blocks of {dilated convolutions
+over bands and past frames, an LSTM over time that sees all bands at once} look at voice and time, and a mirrored
+decoder returns to a mask for every frequency. The d-vector scales and shifts every stage (FiLM, Perez et al., 2018,
+arXiv:1709.07871).
 """
 
 import io
@@ -19,6 +20,7 @@ from stft import Stft
 from utils import POSITIVE, UserError, option, require, whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COARSE = 8  # bins of a band after the first stage above `Config.fine_hz`; below it is 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Config:
     channels: list[int] = option(
         [16, 32, 64, 96], "channels of the strided stages, each of which halves the frequencies"
     )
+    fine_hz: float = option(4000.0, "frequency in Hz from which on bands are four times as wide")
     blocks: int = option(3, "blocks at the bottom")
     dilations: list[int] = option([1, 2, 4], "dilations in frames of a block's convolutions")
     full_channels: int = option(12, "channels of each band that the LSTM over all bands sees")
@@ -45,18 +48,31 @@ class Config:
         require(self, (lambda values: values and min(values) > 0, "numbers more than 0"), "channels", "dilations")
         fits = self.n_fft % (2 * self.hop) == 0
         require(self, (lambda hop: fits, f"a whole part of half of --n-fft {self.n_fft}"), "hop")
-        halves = all(bands % 2 for bands in self.bands[:-1])
-        require(self, (lambda n_fft: halves, "a power of two, or another length whose bins halve"), "n_fft")
+        coarse = self.stft.n_freq - self.fine
+        halves = coarse > 0 and coarse % COARSE == 0 and all(n % 2 for n in (self.fine, *self.bands[1:-1]))
+        if self.fine_hz == Config.fine_hz:
+            require(self, (lambda n_fft: halves, "a power of two, or another length whose bins halve"), "n_fft")
+        require(self, (lambda hz: halves, f"{Config.fine_hz:g}, or another frequency whose bins halve"), "fine_hz")
 
     @property
     def stft(self):
         return Stft(self.n_fft, self.hop)
 
     @property
+    def fine(self):
+        """The number of frequency bins up to `fine_hz`."""
+        return round(self.fine_hz / self.sample_rate * self.n_fft) + 1
+
+    @property
+    def fine_bands(self):
+        """How many of the bands after the first stage are below `fine_hz`."""
+        return (self.fine + 1) // 2
+
+    @property
     def bands(self):
         """The number of frequency bins before and after each strided stage."""
-        bands = [self.stft.n_freq]
-        for _ in self.channels:
+        bands = [self.stft.n_freq, self.fine_bands + (self.stft.n_freq - self.fine) // COARSE]
+        for _ in self.channels[1:]:
             bands.append((bands[-1] + 1) // 2)
         return bands
 
@@ -73,6 +89,18 @@ class FiLM(nn.Module):
     def forward(self, x, voice):
         scale, shift = self.condition(voice)[:, :, None, None].chunk(2, dim=1)
         return self.activation(self.norm(x) * (1 + scale) + shift)
+
+
+class Split(nn.Module):
+    """One layer for the lowest `border` bins or bands, another for those above."""
+
+    def __init__(self, border, fine, coarse):
+        super().__init__()
+        self.border, self.fine, self.coarse = border, fine, coarse
+
+    def forward(self, x):
+        # x: (batch, channels, freq, frames)
+        return torch.cat([self.fine(x[:, :, : self.border]), self.coarse(x[:, :, self.border :])], dim=2)
 
 
 class Convolution(nn.Module):
@@ -148,14 +176,18 @@ class Network(nn.Module):
         size = config.dvector_size
         inputs, outputs = [3, *config.channels], [2, *config.channels]
         kernel = {"kernel_size": (5, 1), "stride": (2, 1), "padding": (2, 0), "bias": False}
+        coarse = {"kernel_size": (COARSE, 1), "stride": (COARSE, 1), "bias": False}
         self.down = nn.ModuleList(nn.Conv2d(a, b, **kernel) for a, b in pairwise(inputs))
+        self.down[0] = Split(config.fine, self.down[0], nn.Conv2d(*inputs[:2], **coarse))
         self.down_film = nn.ModuleList(FiLM(channels, size) for channels in config.channels)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, **kernel) for a, b in reversed(list(pairwise(outputs))))
+        self.up[-1] = Split(config.fine_bands, self.up[-1], nn.ConvTranspose2d(*outputs[1::-1], **coarse))
         self.up_film = nn.ModuleList(FiLM(channels, size) for channels in reversed(config.channels[:-1]))
         # training begins with half of the mixture: SI-SDR would hold on to a wrong sign that it begins with
         self.mask_bias = nn.Parameter(torch.tensor([0.5, 0.0]))
-        nn.init.zeros_(self.up[-1].weight)
+        for weight in self.up[-1].parameters():
+            nn.init.zeros_(weight)
         self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
         self.register_buffer("dvector_mean", torch.zeros(size))
         self.register_buffer("dvector_scale", torch.ones(()))
@@ -301,12 +333,13 @@ def parameters(network):
 def macs_per_second(config):
     """Multiply-accumulates for a second of audio, recurrent layers included, normalisation and masking left out."""
     bands, top, kernel = config.bands, config.channels[-1], 5
+    coarse = (bands[1] - config.fine_bands) * (COARSE - kernel) * config.channels[0]
     down = sum(kernel * a * b * n for a, b, n in zip([3, *config.channels], config.channels, bands[1:], strict=False))
     up = sum(kernel * a * b * n for a, b, n in zip([2, *config.channels], config.channels, bands[1:], strict=False))
     size, few = bands[-1], config.full_channels
     convolutions = len(config.dilations) * 9 * top * top * size
     full_band = 2 * top * few * size + lstm_macs(few * size, config.full_hidden) + config.full_hidden * few * size
-    per_frame = down + up + config.blocks * (convolutions + full_band)
+    per_frame = down + up + (3 + 2) * coarse + config.blocks * (convolutions + full_band)
     return per_frame * config.sample_rate / config.hop
 
 

@@ -61,7 +61,8 @@ def network():
     """A network whose weights, running averages included, are not where they start, and whose mask is not bounded."""
     torch.manual_seed(0)
     network = model.Network(model.Config()).eval()
-    network.up[-1].reset_parameters()  # it begins with zeros
+    for layer in network.up[-1].children():
+        layer.reset_parameters()  # they begin with zeros
     for tensor in network.state_dict().values():
         if tensor.is_floating_point():
             tensor += 0.1 * (tensor.abs().mean() if tensor.ndim > 1 else 1.0) * torch.randn_like(tensor)

@@ -295,13 +295,13 @@ def test_other_settings_are_refused_with_what_differs(store, recordings, setting
     other = mixing.Settings(segment=1.5, seed=7)
     with pytest.raises(UserError, match=r"seed 0 there, 7 now"):
         downloader.prepare(store, other, recordings, SIZE, workers=1)
-    with pytest.raises(UserError, match=r"n_fft 512 there, 320 now"):
-        downloader.prepare(store, settings, recordings, SIZE, workers=1, n_fft=320, hop=160)
+    with pytest.raises(UserError, match=r"n_fft 512 there, 1024 now"):
+        downloader.prepare(store, settings, recordings, SIZE, workers=1, n_fft=1024, hop=256)
 
 
 def test_a_model_with_another_stft_is_refused(store):
-    with pytest.raises(UserError, match="n_fft=512, the model 320"):
-        dataset.check_model(dataset.read_settings(store), model.Config(n_fft=320, hop=160))
+    with pytest.raises(UserError, match="n_fft=512, the model 1024"):
+        dataset.check_model(dataset.read_settings(store), model.Config(n_fft=1024))
 
 
 def test_an_unfinished_store_is_a_clear_error(store, tmp_path):
