@@ -122,12 +122,12 @@ class Optimizer:
     """
 
     def __init__(self, network, weight_decay):
-        last = {id(p) for p in network.up[-1].parameters()}
-        self.matrices = [p for p in network.parameters() if p.ndim > 1 and id(p) not in last]
+        last = set(network.up[-1].parameters())
+        self.matrices = [p for p in network.parameters() if p.ndim > 1 and p not in last]
         # torch's Muon takes nothing but matrices: it gets views of the kernels, which share their memory
         self.views = [as_matrix(p.detach()) for p in self.matrices]
         assert all(view.data_ptr() == p.data_ptr() for view, p in zip(self.views, self.matrices, strict=True))
-        others = [p for p in network.parameters() if p.ndim <= 1 or id(p) in last]
+        others = [p for p in network.parameters() if p.ndim <= 1 or p in last]
         self.muon = torch.optim.Muon(self.views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, weight_decay=weight_decay)
 
