@@ -37,9 +37,11 @@ class Recording:
     region: str = ""  # accent, where it is known
     speed: float = 1.0  # at which it is played; `seconds` is how long it then is
 
-    def at(self, speed):
-        """The same, `speed` times as fast and as high: another voice."""
-        return dataclasses.replace(self, seconds=self.seconds * self.speed / speed, speed=speed)
+    formants: float = 1.0  # factor on the frequencies of formants, beside that of the speed
+
+    def at(self, speed, formants=1.0):
+        """The same, `speed` times as fast and as high, its formants `formants` times higher: another voice."""
+        return dataclasses.replace(self, seconds=self.seconds * self.speed / speed, speed=speed, formants=formants)
 
 
 @dataclass(frozen=True)

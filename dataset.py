@@ -24,12 +24,14 @@ from utils import ROOT, UserError, whole
 
 SHARD = 256
 SPLITS = ("train", "validation")
-REFERENCE_SHARES = (0.05, 0.2, 0.75)  # how often training takes each of REFERENCE_SECONDS
-PRIMARY_SHARE = 0.1  # of pairs have one voice that is louder and is wanted without a reference
+REFERENCE_SHARES = (0.1, 0.45, 0.45)  # how often training takes each of REFERENCE_SECONDS
+LOUDER_SHARE = 0.2  # of pairs have one voice that is louder, by PRIMARY_SIR_DB
+PRIMARY_SHARE = 0.5  # of those louder voices are wanted without a reference
 PRIMARY_SIR_DB = (3.0, 10.0)
 SAME_CORPUS_SHARE = 0.7  # of pairs are of one corpus: two are told apart by their microphones, not their voices
 NOISE_SHARE = 0.5  # of pairs get an example's noise, if it has any: voices are what is to be learnt first
 TARGET, INTERFERENCE, NOISE = map(PARTS.index, ("target", "interference", "noise"))
+SHORTER, LONGEST = 1, len(REFERENCE_SECONDS) - 1
 TRIES = 1000  # to find an example that fits
 PREPROCESSED = ROOT / "datasets" / "preprocessed"
 
@@ -94,8 +96,9 @@ class Examples(torch.utils.data.Dataset):
     With `remix`, neighbours in a batch are a pair: their targets are mixed at a new ratio, in a share of pairs with a
     third example's interference or a fourth's noise, all drawn anew for every (`seed`, `epoch`, pair). Each of the two
     is the target of one item, so that nothing but the d-vector tells what is right. In a share of pairs one speaks
-    alone; in a share of items somebody is wanted who does not speak, or the louder voice without a reference. Without
-    `remix` an item is as it was stored, with the longest reference.
+    alone; in a share of items somebody is wanted who does not speak, or the louder voice without a reference. D-vectors
+    stray, by as much as another example's does from 10 to 3 s of reference, or training would learn voices by heart.
+    Without `remix` an item is as it was stored, with the longest reference.
 
     Raises `UserError` for a store that is not whole.
     """
@@ -150,6 +153,8 @@ class Examples(torch.utils.data.Dataset):
             mixture = sum(spectra[sound] for sound in recipe.sounds)
             target = torch.zeros_like(mixture) if recipe.target is None else spectra[recipe.target]
             dvector = self.dvectors[recipe.wanted, recipe.reference]
+            if recipe.strayed is not None:
+                dvector = dvector + self.dvectors[recipe.strayed, SHORTER] - self.dvectors[recipe.strayed, LONGEST]
             dvector = torch.zeros_like(dvector) if recipe.primary else dvector
             batch.append((mixture, target, dvector, torch.tensor(recipe.target is None, device=mixture.device)))
         return Batch(*map(torch.stack, zip(*batch, strict=True)))
@@ -164,7 +169,7 @@ class Examples(torch.utils.data.Dataset):
     def stored(self, n):
         """The `Recipe` of example n as it was stored."""
         sounds = [Sound(n, part) for part in range(len(PARTS))]
-        return Recipe(sounds, None if self.absent[n] else sounds[TARGET], n, len(REFERENCE_SECONDS) - 1)
+        return Recipe(sounds, None if self.absent[n] else sounds[TARGET], n, LONGEST)
 
     def recipes(self, items):
         """The `Recipe` of each item, remixed."""
@@ -181,13 +186,13 @@ class Examples(torch.utils.data.Dataset):
         if other is None:
             other = one
         speakers = self.speakers[one][TARGET] | self.speakers[other][TARGET]
-        primary = rng.random() < PRIMARY_SHARE
-        sir_db = rng.uniform(*(PRIMARY_SIR_DB if primary else settings["sir_db"]))
+        louder = rng.random() < LOUDER_SHARE
+        sir_db = rng.uniform(*(PRIMARY_SIR_DB if louder else settings["sir_db"]))
         voices = [Sound(one, TARGET)]
         if other != one and rng.random() >= settings["no_voices"]:
             voices.append(self.under(one, other, TARGET, sir_db))
         targets = dict(zip((one, other), voices, strict=False))
-        if not primary and rng.random() < settings["more_voices"]:
+        if not louder and rng.random() < settings["more_voices"]:
             third = self.find(rng, INTERFERENCE, speakers)
             if third is not None:
                 voices.append(self.under(one, third, INTERFERENCE, rng.uniform(*settings["sir_db"])))
@@ -197,12 +202,13 @@ class Examples(torch.utils.data.Dataset):
             noise.append(self.under(one, int(rng.integers(len(self))), NOISE, rng.uniform(*settings["snr_db"])))
         recipes = []
         for wanted in (one, other):
-            target, alone = targets.get(wanted), primary and wanted == one
-            if not alone and rng.random() < settings["absent"]:
+            target, primary = targets.get(wanted), louder and wanted == one and rng.random() < PRIMARY_SHARE
+            if not primary and rng.random() < settings["absent"]:
                 stranger = self.find(rng, TARGET, speakers)
                 wanted, target = (wanted, target) if stranger is None else (stranger, None)
             reference = int(rng.choice(len(REFERENCE_SECONDS), p=REFERENCE_SHARES))
-            recipes.append(Recipe([*voices, *noise], target, wanted, reference, alone))
+            strayed = int(rng.integers(len(self)))
+            recipes.append(Recipe([*voices, *noise], target, wanted, reference, primary, strayed))
         return recipes
 
     def find(self, rng, part, speakers, first=None, corpus=None):
@@ -240,6 +246,7 @@ class Recipe:
     wanted: int  # the example whose reference it comes with
     reference: int  # which one, of REFERENCE_SECONDS by number
     primary: bool = False  # whether it is to be done without
+    strayed: int | None = None  # the example whose d-vector's way from the longest to a shorter reference is added
 
 
 def gain_between(power, other, ratio_db):

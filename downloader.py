@@ -114,7 +114,7 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
     begin(folder, store_settings(settings, recordings, counts, n_fft, hop))
     splits = split(recordings)
     drawn = mixing_settings(settings)
-    natural = dataclasses.replace(drawn, speed=[1.0, 1.0])  # what counts is how well voices as they are can be told
+    natural = dataclasses.replace(drawn, **mixing.NATURAL)  # what counts is how well real voices can be told
     mixers = {
         name: mixing.Mixer(drawn if name == "train" else natural, **recordings) for name, recordings in splits.items()
     }

@@ -102,7 +102,7 @@ def two_voices(speech, count, segment, sir_db, seed, noise=(), shape=None, **set
     """
     shape = shape or overlapped
     nothing = dict.fromkeys(["more_voices", "no_voices", "absent", "partial", "noise_share", "music_share"], 0)
-    settings = mixing.Settings(**{**nothing, "segment": segment, "sir_db": sir_db, "speed": [1, 1], **settings})
+    settings = mixing.Settings(**{**nothing, "segment": segment, "sir_db": sir_db, **mixing.NATURAL, **settings})
     mixer = mixing.Mixer(settings, speech, noise)
     cases = []
     for n in range(count):

@@ -7,6 +7,7 @@ reference, other speech of the target speaker.
 
 from dataclasses import dataclass, field
 
+import librosa
 import numpy as np
 import pyroomacoustics
 import scipy.signal
@@ -20,7 +21,10 @@ PARTS = ("target", "interference", "noise")
 REFERENCE_SECONDS = (1.0, 3.0, 10.0)  # the lengths of reference that each example has a d-vector of
 MIN_REFERENCE_SECONDS = 1.5  # what a drawn reference has at least
 SILENCE = 1e-10  # power, full scale 1; what is below is never made louder
+NATURAL = {"speed": [1.0, 1.0], "formants": [1.0, 1.0]}  # settings that leave voices as they are
 EQUALISER_DB = 4.0  # largest gain and loss
+FORMANT_WINDOW = 384  # samples
+ENVELOPE = 26  # samples of the cepstrum that are the envelope: below the period of all but the highest voices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class Settings:
     noise_share: float = option(0.5, "share of examples with noise")
     music_share: float = option(0.2, "share of examples with music")
     speed: list[float] = option([0.85, 1.18], "range of the speed of voices, which makes further ones of them", nargs=2)
+    formants: list[float] = option([0.87, 1.15], "range of the factor on formants, beside the speed's", nargs=2)
     reverb: float = option(0.0, "share of examples in a reverberant room")
     sir_db: list[float] = option([-5.0, 5.0], "range of the target over the interference in dB", nargs=2)
     snr_db: list[float] = option([0.0, 20.0], "range of the target over noise and music in dB", nargs=2)
@@ -45,9 +50,9 @@ class Settings:
     def __post_init__(self):
         shares = ("more_voices", "no_voices", "absent", "partial", "noise_share", "music_share", "reverb")
         require(self, SHARE, *shares)
-        require(self, RANGE, "sir_db", "snr_db", "level_db", "speed")
+        require(self, RANGE, "sir_db", "snr_db", "level_db", "speed", "formants")
         require(self, POSITIVE, "max_voices")
-        require(self, (lambda speed: min(speed) >= 0.5 and max(speed) <= 2, "0.5 to 2"), "speed")
+        require(self, (lambda factors: min(factors) >= 0.5 and max(factors) <= 2, "0.5 to 2"), "speed", "formants")
         require(self, (lambda seconds: seconds >= 0.1, "0.1 s or more"), "segment")
 
     @property
@@ -150,13 +155,13 @@ class Mixer:
         )
 
     def draw_voice(self, rng, name):
-        """The recordings of a speaker at a speed."""
-        slowest, fastest = self.settings.speed
-        if slowest == fastest == 1:
-            return self.speakers[name]
+        """The recordings of a speaker, all at one speed and with one factor on formants."""
+        if all(getattr(self.settings, setting) == values for setting, values in NATURAL.items()):
+            return self.speakers[name]  # without drawing, or the fixed lists would not stay as they are
         # they take whole percents of their time, so that `load` reads at rates with samples in common with the file's
-        speed = 100 / round(100 / rng.uniform(slowest, fastest))
-        return [recording.at(speed) for recording in self.speakers[name]]
+        speed = 100 / round(100 / rng.uniform(*self.settings.speed))
+        formants = rng.uniform(*self.settings.formants)
+        return [recording.at(speed, formants) for recording in self.speakers[name]]
 
     def draw_piece(self, rng, recordings):
         """A piece of at most one segment out of one of the recordings; a shorter one lies anywhere in the segment."""
@@ -181,8 +186,8 @@ class Mixer:
 
     def draw_reference(self, rng, target):
         """Up to 10 s of other recordings of the speaker of a piece, or else of what its recording has outside it."""
-        speed = target.recording.speed
-        others = [r.at(speed) for r in self.speakers[target.recording.speaker] if r.path != target.recording.path]
+        voice = target.recording.speed, target.recording.formants
+        others = [r.at(*voice) for r in self.speakers[target.recording.speaker] if r.path != target.recording.path]
         rests = [Piece(others[n], 0, others[n].seconds) for n in rng.permutation(len(others))]
         if sum(rest.seconds for rest in rests) < MIN_REFERENCE_SECONDS:
             end = target.start + target.seconds
@@ -244,8 +249,16 @@ def index_row(plan, powers, gains):
 
     def what(piece):
         recording = piece.recording
-        start, speed = round(piece.start * recording.speed, 4), round(recording.speed, 4)
-        return {"speaker": recording.speaker, "file": recording.path.name, "start": start, "speed": speed}
+        start, speed, formants = (
+            round(value, 4) for value in (piece.start * recording.speed, recording.speed, recording.formants)
+        )
+        return {
+            "speaker": recording.speaker,
+            "file": recording.path.name,
+            "start": start,
+            "speed": speed,
+            "formants": formants,
+        }
 
     return {
         "target": who(plan.speaker),
@@ -281,7 +294,26 @@ def load(piece):
     """The samples of a piece (round(seconds * SAMPLE_RATE),); raises `UserError` where its file cannot be read."""
     speed = piece.recording.speed
     rate = round(audio.SAMPLE_RATE / speed)  # read at this rate and heard at another, it is faster or slower
-    return audio.read_segment(piece.recording.path, piece.start * speed, piece.seconds * speed, rate)
+    samples = audio.read_segment(piece.recording.path, piece.start * speed, piece.seconds * speed, rate)
+    return shift_formants(samples, piece.recording.formants)
+
+
+def shift_formants(samples, factor):
+    """Move the formants of a voice (samples,) to `factor` times their frequencies; its pitch stays.
+
+    Each frame's spectrum is divided by its envelope, the first part of its cepstrum (Oppenheim and Schafer, 1968), and
+    multiplied by the moved one; both are linear in the logarithm of its magnitudes, and so is what is added to that.
+    """
+    if factor == 1 or len(samples) < FORMANT_WINDOW:
+        return samples
+    spectrum = librosa.stft(samples, n_fft=FORMANT_WINDOW, hop_length=FORMANT_WINDOW // 3)
+    bins, quefrencies = np.arange(len(spectrum)), np.arange(ENVELOPE)
+    cosines = np.cos(2 * np.pi / FORMANT_WINDOW * np.outer(quefrencies, bins))
+    moved = np.cos(2 * np.pi / FORMANT_WINDOW * np.outer(quefrencies, np.minimum(bins / factor, bins[-1])))
+    twice = np.where(bins % bins[-1] == 0, 1, 2)  # all bins but the first and the last stand for two
+    change = 2 * (moved - cosines).T @ (cosines * twice / FORMANT_WINDOW)
+    gain = np.exp(change.astype(np.float32) @ np.log(np.abs(spectrum) + 1e-6))
+    return librosa.istft(spectrum * gain, hop_length=FORMANT_WINDOW // 3, length=len(samples))
 
 
 def sound(pieces, samples, responses=None):

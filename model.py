@@ -29,6 +29,7 @@ class Config:
 
     sample_rate: int = 16000  # Hz
     dvector_size: int = 256
+    voice_size: int = option(32, "directions of d-vectors that are used, those in which voices differ most")
     n_fft: int = option(512, "length of the STFT's window in samples")
     hop: int = option(256, "hop of the STFT in samples")
     channels: list[int] = option(
@@ -45,6 +46,8 @@ class Config:
 
     def __post_init__(self):
         require(self, POSITIVE, "n_fft", "hop", "blocks", "full_channels", "full_hidden", "mask_bound", "level_seconds")
+        fewer = (lambda size: 1 <= size <= self.dvector_size, f"1 to {self.dvector_size}, the length of a d-vector")
+        require(self, fewer, "voice_size")
         require(self, (lambda values: values and min(values) > 0, "numbers more than 0"), "channels", "dilations")
         fits = self.n_fft % (2 * self.hop) == 0
         require(self, (lambda hop: fits, f"a whole part of half of --n-fft {self.n_fft}"), "hop")
@@ -80,10 +83,10 @@ class Config:
 class FiLM(nn.Module):
     """Batch normalisation whose scale and shift are a linear function of the voice, then ReLU."""
 
-    def __init__(self, channels, dvector_size):
+    def __init__(self, channels, voice_size):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
-        self.condition = nn.Linear(dvector_size, 2 * channels)
+        self.condition = nn.Linear(voice_size, 2 * channels)
         self.activation = nn.ReLU()
 
     def forward(self, x, voice):
@@ -111,7 +114,7 @@ class Convolution(nn.Module):
         channels = config.channels[-1]
         self.shape = (channels, config.bands[-1], 2 * dilation)  # of the memory, without the batch
         self.conv = nn.Conv2d(channels, channels, 3, padding=(1, 0), dilation=(1, dilation), bias=False)
-        self.film = FiLM(channels, config.dvector_size)
+        self.film = FiLM(channels, config.voice_size)
 
     def forward(self, x, voice, past):
         extended = torch.cat([past.to(x.dtype, memory_format=torch.channels_last), x], dim=-1)
@@ -131,7 +134,7 @@ class FullBand(nn.Module):
         self.squeeze = nn.Conv2d(channels, few, 1, bias=False)
         self.norm = nn.BatchNorm2d(few)
         self.lstm = nn.LSTM(size, config.full_hidden, batch_first=True)
-        self.condition = nn.Linear(config.dvector_size, 2 * config.full_hidden)
+        self.condition = nn.Linear(config.voice_size, 2 * config.full_hidden)
         self.across = nn.Linear(config.full_hidden, size)
         self.expand = nn.Conv2d(few, channels, 1)
 
@@ -173,7 +176,7 @@ class Network(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        size = config.dvector_size
+        size = config.voice_size
         inputs, outputs = [3, *config.channels], [2, *config.channels]
         kernel = {"kernel_size": (5, 1), "stride": (2, 1), "padding": (2, 0), "bias": False}
         coarse = {"kernel_size": (COARSE, 1), "stride": (COARSE, 1), "bias": False}
@@ -189,18 +192,22 @@ class Network(nn.Module):
         for weight in self.up[-1].parameters():
             nn.init.zeros_(weight)
         self.primary = nn.Parameter(torch.zeros(size))  # the voice when there is no reference
-        self.register_buffer("dvector_mean", torch.zeros(size))
-        self.register_buffer("dvector_scale", torch.ones(()))
+        self.register_buffer("dvector_mean", torch.zeros(config.dvector_size))
+        self.register_buffer("dvector_axes", torch.eye(config.dvector_size, size))
         self.to(memory_format=torch.channels_last)
 
     def standardise(self, dvectors):
-        """Take mean and scale of the training speakers' d-vectors (speakers, dvector_size).
+        """Take mean and axes of the training speakers' d-vectors (speakers, dvector_size).
 
-        The components of d-vectors are much the same for all voices; what differs is what counts. One scale for all,
-        which makes the length 1: components that are nearly always zero would become huge where they are not.
+        The axes are the directions in which the d-vectors differ most, each scaled to the same spread. The others tell
+        no more voices apart, but are enough to learn a few hundred speakers by heart.
         """
+        dvectors, size = dvectors.double().cpu(), self.config.voice_size
+        variances, axes = torch.linalg.eigh(torch.cov(dvectors.T, correction=0))
+        variances = variances[-size:].clamp(min=0.01 * variances[-1])  # few speakers have fewer directions
+        axes = axes[:, -size:] * axes[:, -size:].sum(0).sign()  # either sign is one; all processes have to agree
         self.dvector_mean.copy_(dvectors.mean(0))
-        self.dvector_scale.copy_(dvectors.var(0).sum().sqrt())
+        self.dvector_axes.copy_(axes / (size * variances).sqrt())
 
     def start(self, batch, device=None):
         """The state of `extract` before the first sample, a list of tensors (batch, ...), all zero.
@@ -235,9 +242,9 @@ class Network(nn.Module):
         return estimate, [analysis, synthesis, *state]
 
     def voice(self, dvector):
-        """What conditions the network (batch, dvector_size): standardised d-vectors, a learned one for zeros."""
+        """What conditions the network (batch, voice_size): d-vectors along the axes, a learned voice for zeros."""
         known = dvector.any(dim=-1, keepdim=True)
-        return torch.where(known, (dvector - self.dvector_mean) / self.dvector_scale, self.primary)
+        return torch.where(known, (dvector - self.dvector_mean) @ self.dvector_axes, self.primary)
 
     def level(self, mixture, state):
         """Running root mean square (batch, 1, frames) of a spectrum, with exponentially fading weights."""

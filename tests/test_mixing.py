@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.signal
 
 import audio
 import corpora
@@ -80,17 +81,24 @@ def test_the_reference_never_overlaps_the_segment(recordings):
     assert same > 0 or all(len(group) > 1 for group in mixing.group(recordings["speech"]).values())
 
 
-def test_voices_have_speeds_of_their_own_and_so_do_their_references(recordings):
-    drawn = plans(mixer_of(recordings, absent=0, speed=[0.8, 1.25]))
-    speeds = [(plan.target.recording.speed, *(piece.recording.speed for piece in plan.interference)) for plan in drawn]
-    assert all(0.8 <= speed <= 1.25 for plan in speeds for speed in plan)
-    assert min(speeds)[0] < 0.87
-    assert max(speeds)[0] > 1.15
-    assert any(plan[0] != speed for plan in speeds for speed in plan[1:])
+def test_voices_have_speeds_and_formants_of_their_own_and_so_do_their_references(recordings):
+    def voice(piece):
+        return piece.recording.speed, piece.recording.formants
+
+    drawn = plans(mixer_of(recordings, absent=0, speed=[0.8, 1.25], formants=[0.9, 1.1]))
+    voices = np.array([voice(piece) for plan in drawn for piece in (plan.target, *plan.interference)])
+    for values, low, high in zip(voices.T, (0.8, 0.9), (1.25, 1.1), strict=True):
+        assert low <= min(values) < low + 0.05
+        assert high - 0.05 < max(values) <= high
+    assert abs(np.corrcoef(voices.T)[0, 1]) < 0.2
+    assert any(voice(plan.target) != voice(piece) for plan in drawn for piece in plan.interference)
     for plan in drawn:
-        assert {piece.recording.speed for piece in plan.reference} == {plan.target.recording.speed}
-    natural = plans(mixer_of(recordings, speed=[1, 1]))
-    assert all(piece.recording.speed == 1 for plan in natural for piece in [*plan.reference, *plan.interference])
+        assert {voice(piece) for piece in plan.reference} == {voice(plan.target)}
+    natural = mixer_of(recordings, speed=[1, 1], formants=[1, 1])
+    assert all(voice(piece) == (1, 1) for plan in plans(natural) for piece in [*plan.reference, *plan.interference])
+    rng = np.random.default_rng(0)
+    natural.draw_voice(rng, natural.names[0])
+    assert rng.random() == np.random.default_rng(0).random()  # the fixed lists stay as they are
 
 
 def test_a_faster_voice_is_higher_and_shorter(tmp_path):
@@ -103,6 +111,21 @@ def test_a_faster_voice_is_higher_and_shorter(tmp_path):
     assert np.abs(samples[: round((2 / 1.25 - 1.5) * 16000) - 50]).max() < 1e-3 < samples[2000:].max()
     assert np.abs(np.fft.rfft(samples)).argmax() == 500  # Hz
     assert recording.at(1).seconds == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("factor", "formant"), [(0.8, 800), (1.2, 1200)])
+def test_formants_move_and_the_pitch_stays(factor, formant):
+    pulses = (np.arange(16000) % 160 == 0).astype(float)  # 100 Hz
+    ringing = scipy.signal.lfilter([1], np.poly(0.9 * np.exp([2j * np.pi / 16, -2j * np.pi / 16])).real, pulses)
+    samples = mixing.shift_formants(ringing, factor)
+    assert len(samples) == 16000
+    before, after = (np.abs(np.fft.rfft(signal)) for signal in (ringing, samples))  # a bin is 1 Hz
+    assert before.argmax() == 1000
+    assert abs(after.argmax() - formant) <= 100
+    assert np.square(after[::100]).sum() > 0.95 * np.square(after).sum()
+    assert np.allclose(mixing.shift_formants(ringing, 1 + 1e-9), ringing, atol=1e-3)
+    assert mixing.shift_formants(ringing[:300], factor) is not None
+    assert not mixing.shift_formants(np.zeros(16000), factor).any()
 
 
 def test_shares_are_as_set(recordings):

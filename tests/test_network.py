@@ -95,6 +95,23 @@ def test_the_voice_matters(network, mixture, dvector):
 
 
 @torch.inference_mode()
+def test_voices_are_seen_along_the_directions_in_which_they_differ_most():
+    network = model.Network(model.Config(voice_size=8)).eval()
+    turned = torch.linalg.qr(torch.randn(256, 256, generator=torch.Generator().manual_seed(3)))[0]
+    spread = torch.full((256,), 0.01)
+    spread[:8] = torch.linspace(0.5, 1, 8)
+    drawn = torch.randn(2000, 256, generator=torch.Generator().manual_seed(4)) * spread
+    dvectors = drawn @ turned.T + 1
+    network.standardise(dvectors)
+    voices = network.voice(dvectors)
+    torch.testing.assert_close(voices.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cov(voices.T), torch.eye(8) / 8, atol=1e-3, rtol=0)
+    assert (voices.T @ drawn).abs()[:, 8:].max() < 0.05 * (voices.T @ drawn).abs()[:, :8].max()
+    network.standardise(dvectors[:3])  # fewer voices than directions
+    assert network.voice(dvectors[:3]).norm(dim=1).max() < 2
+
+
+@torch.inference_mode()
 def test_a_mask_of_ones_returns_the_mixture(network, mixture, dvector, monkeypatch):
     bound = network.config.mask_bound
     one = (1 - bound**-2) ** -0.5  # what is bounded to one

@@ -161,15 +161,19 @@ def test_remixed_parts_have_ratios_in_the_stated_range(store):
     def power(sound):
         return examples.powers[sound.example, sound.part] * sound.gain**2
 
-    checked = 0
+    ratios = {"noise": [], "without a reference": [], "with one": []}
     for one, _ in all_recipes(examples):
+        kind = "without a reference" if one.primary else "with one"
         first, *others = one.sounds
         for other in others:
             if power(other):
-                low, high = (0, 20) if other.part == dataset.NOISE else (3, 10) if one.primary else (-5, 5)
-                assert low - 0.001 <= 10 * np.log10(power(first) / power(other)) <= high + 0.001
-                checked += 1
-    assert checked > SIZE
+                ratio = 10 * np.log10(power(first) / power(other))
+                ratios["noise" if other.part == dataset.NOISE else kind].append(ratio)
+    for kind, low, high in ("noise", 0, 20), ("without a reference", 3, 10), ("with one", -5, 10):
+        assert low - 0.001 <= min(ratios[kind])
+        assert max(ratios[kind]) <= high + 0.001
+    assert max(ratios["with one"]) > 5  # louder voices come with a reference, too
+    assert sum(map(len, ratios.values())) > SIZE
 
 
 def test_a_batch_is_its_pairs(store):
@@ -179,6 +183,19 @@ def test_a_batch_is_its_pairs(store):
         pair = examples.__getitems__(items)
         assert torch.equal(batch.mixture[start : start + 2], pair.mixture)
         assert torch.equal(batch.dvector[start : start + 2], pair.dvector)
+
+
+def test_dvectors_stray_and_are_stored_or_zero_otherwise(store):
+    examples = dataset.Examples(store, "train", remix=True)
+    items = list(range(len(examples)))
+    batch, recipes = examples.__getitems__(items), examples.recipes(items)
+    for dvector, recipe in zip(batch.dvector, recipes, strict=True):
+        stray = examples.dvectors[recipe.strayed, dataset.SHORTER] - examples.dvectors[recipe.strayed, -1]
+        expected = examples.dvectors[recipe.wanted, recipe.reference] + stray
+        torch.testing.assert_close(dvector, torch.zeros(256) if recipe.primary else expected)
+    assert len({recipe.strayed for recipe in recipes}) > len(items) / 3
+    stored = dataset.Examples(store, "validation")
+    assert torch.equal(stored.__getitems__([0, 1]).dvector, stored.dvectors[:2, -1])
 
 
 def test_a_store_of_one_voice_is_remixed_as_far_as_it_goes(store):
