@@ -6,6 +6,7 @@ python3 docs/reshape.py before.pt datasets/preprocessed/size=12000 begin.pt
 See `model.Network.standardise`; the directions are those of the examples' training speakers.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -39,4 +40,7 @@ def main(before, examples, begin):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("before", "examples", "begin"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))
