@@ -36,7 +36,6 @@ class Recording:
     age: int | None = None  # years
     region: str = ""  # accent, where it is known
     speed: float = 1.0  # at which it is played; `seconds` is how long it then is
-
     formants: float = 1.0  # factor on the frequencies of formants, beside that of the speed
 
     def at(self, speed, formants=1.0):

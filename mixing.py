@@ -249,15 +249,12 @@ def index_row(plan, powers, gains):
 
     def what(piece):
         recording = piece.recording
-        start, speed, formants = (
-            round(value, 4) for value in (piece.start * recording.speed, recording.speed, recording.formants)
-        )
         return {
             "speaker": recording.speaker,
             "file": recording.path.name,
-            "start": start,
-            "speed": speed,
-            "formants": formants,
+            "start": round(piece.start * recording.speed, 4),
+            "speed": round(recording.speed, 4),
+            "formants": round(recording.formants, 4),
         }
 
     return {

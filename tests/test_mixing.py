@@ -124,7 +124,7 @@ def test_formants_move_and_the_pitch_stays(factor, formant):
     assert abs(after.argmax() - formant) <= 100
     assert np.square(after[::100]).sum() > 0.95 * np.square(after).sum()
     assert np.allclose(mixing.shift_formants(ringing, 1 + 1e-9), ringing, atol=1e-3)
-    assert mixing.shift_formants(ringing[:300], factor) is not None
+    assert np.array_equal(mixing.shift_formants(ringing[:300], factor), ringing[:300])  # too short for a window
     assert not mixing.shift_formants(np.zeros(16000), factor).any()
 
 
