@@ -71,8 +71,18 @@ def largest(root=PREPROCESSED):
     return max((path.parent for path in found), key=lambda path: int(path.name[5:]), default=Path(root))
 
 
+class Tensors:
+    """A dataclass whose fields are tensors."""
+
+    def to(self, device):
+        return type(self)(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pin_memory(self):
+        return type(self)(*(value.pin_memory() for value in vars(self).values()))
+
+
 @dataclass
-class Batch:
+class Batch(Tensors):
     """Some examples: spectra (batch, freq, frames) complex64, dvector (batch, 256), absent (batch,) bool.
 
     A d-vector of zeros says that there is no reference, see `model.Network.forward`.
@@ -83,11 +93,18 @@ class Batch:
     dvector: torch.Tensor
     absent: torch.Tensor
 
-    def to(self, device):
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
-    def pin_memory(self):
-        return Batch(*(value.pin_memory() for value in vars(self).values()))
+@dataclass
+class Orders(Tensors):
+    """Some `Recipe`s as tensors (batch, ...), small enough to be drawn by other processes; see `Examples.batch`."""
+
+    rows: torch.Tensor  # of spectra (batch, sounds)
+    gains: torch.Tensor  # of those, 0 where an item has fewer sounds
+    target: torch.Tensor  # which of its sounds; -1: it is absent
+    wanted: torch.Tensor
+    reference: torch.Tensor
+    strayed: torch.Tensor  # -1: it does not
+    primary: torch.Tensor
 
 
 class Examples(torch.utils.data.Dataset):
@@ -104,10 +121,15 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, split, remix=False, seed=0, device=None):
-        self.folder, self.remix, self.seed, self.device, self.epoch = Path(folder), remix, seed, device, 0
+        self.folder, self.remix, self.seed, self.device = Path(folder), remix, seed, device
         self.settings = read_settings(folder)
         self.stft = Stft(self.settings["n_fft"], self.settings["hop"])
         self.samples = self.settings["samples"]
+        self.load(split)
+        self.epoch = 0
+
+    def load(self, split):
+        """Open the shards of a split."""
         count = self.settings["examples"][split]
         shards = [self.folder / split / f"{n:05d}" for n in range(-(-count // SHARD))]
         missing = [shard for shard in shards if not shard.exists()]
@@ -119,7 +141,7 @@ class Examples(torch.utils.data.Dataset):
             self.index = [row for shard in shards for row in json.loads((shard / "index.json").read_text())]
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
-                f"{folder}: not whole ({error}); copy it again, or remove it and run downloader.py"
+                f"{self.folder}: not whole ({error}); copy it again, or remove it and run downloader.py"
             ) from error
         self.powers = np.array([row["powers"] for row in self.index])
         self.absent = np.array([row["absent"] for row in self.index])
@@ -129,42 +151,65 @@ class Examples(torch.utils.data.Dataset):
             [set() if row["absent"] else {row["target"]["speaker"]}, {v["speaker"] for v in row["interferers"]}, set()]
             for row in self.index
         ]
-        if device is not None:
-            self.shards = [torch.from_numpy(np.array(shard)).to(device) for shard in self.shards]
-            self.dvectors = self.dvectors.to(device)
+        if self.device is not None:
+            self.held = torch.empty(count, *self.shards[0].shape[1:], dtype=torch.float16, device=self.device)
+            for part, shard in zip(self.held.split(SHARD), self.shards, strict=True):
+                part.copy_(torch.from_numpy(np.array(shard)))
+            self.held = self.held.flatten(0, 1)
+            self.dvectors = self.dvectors.to(self.device)
 
     @staticmethod
     def bytes(folder, split):
-        """The memory that the spectra of a split take."""
+        """The memory that the stored spectra of a split take."""
         return sum(path.stat().st_size for path in (Path(folder) / split).glob("*/spectra.npy"))
 
     def __len__(self):
-        return len(self.index)
+        return len(self.powers)
 
     def __getitem__(self, n):
         return self.__getitems__([n])
 
     def __getitems__(self, items):
         """The `Batch` of these items."""
-        recipes = self.recipes(items) if self.remix else [self.stored(n) for n in items]
-        spectra = {sound: self.spectrum(sound) for recipe in recipes for sound in recipe.sounds}  # a pair's only once
-        batch = []
-        for recipe in recipes:
-            mixture = sum(spectra[sound] for sound in recipe.sounds)
-            target = torch.zeros_like(mixture) if recipe.target is None else spectra[recipe.target]
-            dvector = self.dvectors[recipe.wanted, recipe.reference]
-            if recipe.strayed is not None:
-                dvector = dvector + self.dvectors[recipe.strayed, SHORTER] - self.dvectors[recipe.strayed, LONGEST]
-            dvector = torch.zeros_like(dvector) if recipe.primary else dvector
-            batch.append((mixture, target, dvector, torch.tensor(recipe.target is None, device=mixture.device)))
-        return Batch(*map(torch.stack, zip(*batch, strict=True)))
+        orders = self.orders(items)
+        return self.batch(orders if self.device is None else orders.to(self.device))
 
-    def spectrum(self, sound):
-        """The spectrum (freq, frames), complex64, of a `Sound`."""
-        row = self.shards[sound.example // SHARD][sound.example % SHARD, sound.part]
-        if self.device is None:
-            row = torch.from_numpy(np.array(row))
-        return sound.gain * torch.view_as_complex(row.float())
+    def orders(self, items):
+        """The `Orders` of these items."""
+        recipes = self.recipes(items) if self.remix else [self.stored(n) for n in items]
+        sounds = max(len(recipe.sounds) for recipe in recipes)
+        rows, gains = np.zeros((len(recipes), sounds), int), np.zeros((len(recipes), sounds), np.float32)
+        for n, recipe in enumerate(recipes):
+            for m, sound in enumerate(recipe.sounds):
+                rows[n, m], gains[n, m] = self.row(sound.example, sound.part), sound.gain
+        target = [-1 if recipe.target is None else recipe.sounds.index(recipe.target) for recipe in recipes]
+        strayed = [-1 if recipe.strayed is None else recipe.strayed for recipe in recipes]
+        others = [[getattr(recipe, name) for recipe in recipes] for name in ("wanted", "reference")]
+        numbers = map(torch.tensor, (target, *others, strayed, [recipe.primary for recipe in recipes]))
+        return Orders(torch.from_numpy(rows), torch.from_numpy(gains), *numbers)
+
+    def batch(self, orders):
+        """The `Batch` of `Orders` on the device, if there is one."""
+        spectra = self.spectra(orders.rows) * orders.gains[..., None, None, None]
+        mixture, items, absent = spectra.sum(1), torch.arange(len(spectra), device=spectra.device), orders.target < 0
+        target = spectra[items, orders.target].masked_fill_(absent[:, None, None, None], 0)
+        dvector, strayed = self.dvectors[orders.wanted, orders.reference], self.dvectors[orders.strayed]
+        dvector = dvector + (strayed[:, SHORTER] - strayed[:, LONGEST]) * (orders.strayed >= 0)[:, None]
+        dvector = dvector.masked_fill(orders.primary[:, None], 0)
+        return Batch(torch.view_as_complex(mixture), torch.view_as_complex(target), dvector, absent)
+
+    def row(self, example, part):
+        """The number of a part's spectrum among all."""
+        return example * len(PARTS) + part
+
+    def spectra(self, rows):
+        """Spectra (..., freq, frames, 2) float32 of these `rows` (...)."""
+        if self.device is not None:
+            return self.held[rows].float()
+        rows, places = torch.unique(rows, return_inverse=True)  # a pair's only once
+        examples, parts = np.divmod(rows.numpy(), len(PARTS))
+        found = [self.shards[n // SHARD][n % SHARD, part] for n, part in zip(examples, parts, strict=True)]
+        return torch.from_numpy(np.stack(found)).float()[places]
 
     def stored(self, n):
         """The `Recipe` of example n as it was stored."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import corpora
 import dataset
+import dynamic
 import fetch
 import mixing
 from encoder import SpeakerEncoder
@@ -25,7 +26,7 @@ from utils import POSITIVE, ROOT, UserError, differences, option, parse, process
 BLOCK = 16  # examples that a worker makes at once
 AHEAD = 4  # blocks a worker that may be begun before the first is written
 VALIDATION_SHARE = 0.05  # validation examples beside the training examples
-MIN_VALIDATION = 16
+MIN_VALIDATION, MAX_VALIDATION = 16, 1000
 EXAMPLES_PER_SECOND = 15  # of one core, for the forecast; see benchmarks/README.md
 
 
@@ -39,6 +40,7 @@ class Options(mixing.Settings):
     where: str = option("", "keep only speakers that fit, for instance 'gender=f age<16'")
     n_fft: int = option(Config.n_fft, "length of the STFT's window in samples")
     hop: int = option(Config.hop, "hop of the STFT in samples")
+    dynamic: bool = option(False, "store recordings: main.py makes examples of them, --size at a time, on its GPU")
     workers: int = option(os.cpu_count(), "number of processes")
     mirror: str | None = option(None, "folder or URL that holds the corpora's archives, instead of the internet")
     datasets: str = option(str(ROOT / "datasets"), "folder for corpora and examples")
@@ -49,6 +51,7 @@ class Options(mixing.Settings):
         super().__post_init__()
         require(self, POSITIVE, "size", "workers", "hop")
         Config(n_fft=self.n_fft, hop=self.hop)
+        require(self, (lambda share: not (self.dynamic and share), "0 with --dynamic"), "reverb")
 
 
 def main(argv):
@@ -70,7 +73,7 @@ def main(argv):
     if options.list_speakers:
         print(corpora.speaker_table(recordings["speech"]))
         return
-    prepare(folder, options, recordings, options.size, options.workers, options.n_fft, options.hop)
+    prepare(folder, options, recordings, options.size, options.workers, options.n_fft, options.hop, options.dynamic)
     print(f"{folder}: {options.size} examples; train with: python3 main.py")
 
 
@@ -83,7 +86,7 @@ def forecast(options, folder, fetched):
     """Print what it will take; raise `UserError` where the disk is too small."""
     config = dataclasses.replace(Config(), n_fft=options.n_fft, hop=options.hop)
     frames = config.stft.frames(options.samples)
-    total = options.size + validation_size(options.size)
+    total = validation_size(options.size) + (0 if options.dynamic else options.size)
     spectra = total * len(mixing.PARTS) * config.stft.n_freq * frames * 4
     corpora_bytes = fetch.disk_needed(fetched, options.datasets)
     minutes = total * options.segment / 3 / EXAMPLES_PER_SECOND / options.workers / 60
@@ -101,23 +104,29 @@ def forecast(options, folder, fetched):
 
 
 def validation_size(size):
-    return max(MIN_VALIDATION, round(size * VALIDATION_SHARE))
+    return min(max(MIN_VALIDATION, round(size * VALIDATION_SHARE)), MAX_VALIDATION)
 
 
-def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop=Config.hop):
+def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop=Config.hop, as_recordings=False):
     """Write the store of `size` training examples, and validation examples of other speakers, to `folder`.
 
-    `settings` are `mixing.Settings`, `recordings` lists of `corpora.Recording` by kind. What is there already is
-    kept, so a broken run goes on. Raises `UserError` where the folder holds examples with other settings.
+    `settings` are `mixing.Settings`, `recordings` lists of `corpora.Recording` by kind. With `as_recordings`, those
+    for training are stored instead of examples, see dynamic.py. What is there already is kept, so a broken run goes
+    on. Raises `UserError` where the folder holds examples with other settings.
     """
     counts = {"train": size, "validation": validation_size(size)}
-    begin(folder, store_settings(settings, recordings, counts, n_fft, hop))
+    kind = {"dynamic": True} if as_recordings else {}
+    begin(folder, store_settings(settings, recordings, counts, n_fft, hop) | kind)
     splits = split(recordings)
     drawn = mixing_settings(settings)
     natural = dataclasses.replace(drawn, **mixing.NATURAL)  # what counts is how well real voices can be told
     mixers = {
         name: mixing.Mixer(drawn if name == "train" else natural, **recordings) for name, recordings in splits.items()
     }
+    recorded = []
+    if as_recordings:
+        recorded = [recording for kind in splits["train"].values() for recording in kind]
+        del counts["train"]
     shards = [
         Shard(folder / name / f"{n:05d}", name, start, min(start + dataset.SHARD, count))
         for name, count in counts.items()
@@ -134,6 +143,9 @@ def prepare(folder, settings, recordings, size, workers, n_fft=Config.n_fft, hop
         tqdm(total=total, initial=total - to_do, unit="example", smoothing=0.05) as bar,
         processes(workers, start_worker, mixers, Config(n_fft=n_fft, hop=hop)) as executor,
     ):
+        if recorded and not (folder / "train").exists():
+            decoded = tqdm(executor.map(dynamic.decode, recorded, chunksize=BLOCK), total=len(recorded))
+            dynamic.write_recordings(folder / "train", recorded, decoded)
         made = in_order(executor, blocks, AHEAD * workers)
         for shard in missing:
             dataset.write_shard(shard.path, shard.count, counted(bar, itertools.islice(made, shard.count)))

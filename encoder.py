@@ -18,7 +18,7 @@ from audio import SAMPLE_RATE
 WINDOW, HOP, MELS = 400, 160, 40  # samples, samples, bands: the features that the weights were trained on
 PIECE = 160 * HOP  # samples that the encoder sees at once
 STEP = 120 * HOP  # samples between two such pieces
-BATCH = 256  # pieces embedded at once, so that an hour of reference takes no more memory than minutes
+BATCH = {"cpu": 256, "cuda": 4096}  # pieces embedded at once: an hour of reference takes no more memory than minutes
 LEVEL_DB = -30.0  # dBFS, root mean square
 
 
@@ -63,19 +63,27 @@ class SpeakerEncoder(nn.Module):
         Returns (len(references), len(lengths), 256). The d-vector is the mean over the pieces, PIECE long and STEP
         apart, that lie in the reference; one that is shorter than a piece is repeated.
         """
-        pieces, chosen = [], []  # for each d-vector, the numbers of its pieces
+        device = self.mel.device
+        references = [torch.as_tensor(reference, dtype=torch.float32, device=device) for reference in references]
+        pieces, chosen = [], []  # (first sample, length) of each piece; (d-vector, piece) where one is of the other
+        start = dvector = 0
         for reference in references:
-            reference = torch.as_tensor(reference, dtype=torch.float32, device=self.mel.device)
             first = len(pieces)
-            if len(reference) >= PIECE:
-                pieces.extend(reference.unfold(0, PIECE, STEP))
+            pieces += [(start + n, PIECE) for n in range(0, len(reference) - PIECE + 1, STEP)]
             for length in lengths:
                 length = min(length, len(reference))
-                if length >= PIECE:
-                    chosen.append(range(first, first + 1 + (length - PIECE) // STEP))
-                else:
-                    chosen.append([len(pieces)])
-                    pieces.append(reference[:length].repeat(-(-PIECE // length))[:PIECE])
-        embedded = torch.cat([self(torch.stack(pieces[n : n + BATCH])) for n in range(0, len(pieces), BATCH)])
-        dvectors = torch.stack([F.normalize(embedded[list(numbers)].mean(0), dim=0) for numbers in chosen])
-        return dvectors.view(len(references), len(lengths), self.size).clone()
+                numbers = range(first, first + 1 + (length - PIECE) // STEP)
+                if length < PIECE:
+                    numbers = [len(pieces)]
+                    pieces.append((start, length))
+                chosen += [(dvector, number) for number in numbers]
+                dvector += 1
+            start += len(reference)
+        samples, moments = torch.cat(references), torch.arange(PIECE, device=device)
+        batches = torch.tensor(pieces, device=device).split(BATCH.get(device.type, BATCH["cpu"]))
+        embedded = [
+            self(samples[first + moments % length]) for first, length in (batch.T[..., None] for batch in batches)
+        ]
+        dvectors, pieces = torch.tensor(chosen, device=device).T
+        sums = torch.zeros(dvector, self.size, device=device).index_add_(0, dvectors, torch.cat(embedded)[pieces])
+        return F.normalize(sums, dim=-1).view(len(references), len(lengths), self.size).clone()

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dataset
+import dynamic
 import model
 from metrics import attenuation_db, si_sdr, spectral_distance
 from utils import POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
@@ -162,9 +163,13 @@ class Trainer:
         self.bf16 = model.bf16_is_fast(self.device) if options.bf16 is None else options.bf16
         self.loaders = (2 if on_gpu else 0) if options.loaders is None else options.loaders
         config = model.Config(**{f.name: getattr(options, f.name) for f in dataclasses.fields(model.Config)})
-        dataset.check_model(dataset.read_settings(folder), config)
+        settings = dataset.read_settings(folder)
+        dataset.check_model(settings, config)
         held = self.device if self.fits(folder) else None
-        self.examples = dataset.Examples(folder, "train", remix=True, seed=options.seed, device=held)
+        if settings.get("dynamic"):
+            self.examples = dynamic.Examples(folder, "train", remix=True, seed=options.seed, device=self.device)
+        else:
+            self.examples = dataset.Examples(folder, "train", remix=True, seed=options.seed, device=held)
         self.validation = dataset.Examples(folder, "validation", device=held)
         if not self.steps_per_epoch:
             raise UserError(f"{folder}: {len(self.examples)} examples; lower --batch-size to as many")
@@ -224,15 +229,12 @@ class Trainer:
 
     def load(self, examples, chosen):
         """A loader of the batches of item numbers `chosen`, onto the device without waiting."""
-        on_device = examples.device is not None
-        loader = torch.utils.data.DataLoader(
-            examples,
-            batch_sampler=chosen,
-            collate_fn=as_it_is,
-            num_workers=0 if on_device else self.loaders,
-            pin_memory=self.device.type == "cuda" and not on_device,
-        )
-        return (batch.to(self.device) for batch in loader)
+        options = {"num_workers": self.loaders, "pin_memory": self.device.type == "cuda", "batch_sampler": chosen}
+        if examples.device is None:
+            made = torch.utils.data.DataLoader(examples, collate_fn=as_it_is, **options)
+            return (batch.to(self.device) for batch in made)
+        drawn = torch.utils.data.DataLoader(Orders(examples), collate_fn=as_it_is, **options)
+        return (examples.batch(orders.to(self.device)) for orders in drawn)
 
     def estimate(self, batch):
         """The estimate's spectrum, with autocast where it is wanted."""
@@ -320,6 +322,7 @@ class Trainer:
         return loss.item(), ratio.nanmean().item()
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # to compile it again for this takes longer than to do without
     def validate(self, writer, bar):
         """Score the whole validation set, remember the best, and show some of it in TensorBoard."""
         self.network.eval()
@@ -426,8 +429,18 @@ class Trainer:
             )
 
 
+class Orders(torch.utils.data.Dataset):
+    """The orders of examples that are held on a device: the loaders' processes have no business there."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __getitems__(self, items):
+        return self.examples.orders(items)
+
+
 def as_it_is(batch):
-    """For the loader: `dataset.Examples` makes whole batches by itself."""
+    """For the loader: whole batches are made already."""
     return batch
 
 

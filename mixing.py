@@ -5,12 +5,14 @@ is three parts that sum to the mixture: target, interference (all other voices) 
 reference, other speech of the target speaker.
 """
 
+import math
 from dataclasses import dataclass, field
 
-import librosa
 import numpy as np
 import pyroomacoustics
 import scipy.signal
+import torch
+import torch.nn.functional as F
 
 import audio
 import corpora
@@ -154,12 +156,11 @@ class Mixer:
             seed=int(rng.integers(2**32)),
         )
 
-    def draw_voice(self, rng, name):
+    def draw_voice(self, rng, name, speed=None):
         """The recordings of a speaker, all at one speed and with one factor on formants."""
         if all(getattr(self.settings, setting) == values for setting, values in NATURAL.items()):
             return self.speakers[name]  # without drawing, or the fixed lists would not stay as they are
-        # they take whole percents of their time, so that `load` reads at rates with samples in common with the file's
-        speed = 100 / round(100 / rng.uniform(*self.settings.speed))
+        speed = speed or draw_speed(rng, self.settings)
         formants = rng.uniform(*self.settings.formants)
         return [recording.at(speed, formants) for recording in self.speakers[name]]
 
@@ -217,10 +218,13 @@ def render(plan, settings, rooms=()):
     target = sound(spoken, samples, responses[:1] * len(spoken))
     reference = np.concatenate([load(piece) for piece in plan.reference])
     if plan.equalise:
-        target, reference = equalise(target, curves[0]), equalise(reference, curves[1])
+        target, reference = (
+            equalise(torch.from_numpy(signal), torch.from_numpy(curve)).numpy()
+            for signal, curve in zip((target, reference), curves, strict=True)
+        )
     parts = np.stack([target, sound(plan.interference, samples, responses[1:]), sound(plan.noise, samples)])
 
-    powers = np.array([active_power(part) for part in parts])
+    powers = active_power(torch.from_numpy(parts)).numpy()
     speech = powers[0] if powers[0] > 0 else powers[1]
     wanted = np.array([speech, speech * 10 ** (-plan.sir_db / 10), speech * 10 ** (-plan.snr_db / 10)])
     if powers[0] == 0:
@@ -273,6 +277,11 @@ def index_row(plan, powers, gains):
     }
 
 
+def draw_speed(rng, settings):
+    """A speed at which voices take whole percents of their time, so that the rates have samples in common."""
+    return 100 / round(100 / rng.uniform(*settings.speed))
+
+
 def group(recordings):
     """Recordings by speaker, in their order."""
     speakers = {}
@@ -289,28 +298,34 @@ def shorten(rng, piece, segment):
 
 def load(piece):
     """The samples of a piece (round(seconds * SAMPLE_RATE),); raises `UserError` where its file cannot be read."""
-    speed = piece.recording.speed
+    speed, formants = piece.recording.speed, piece.recording.formants
     rate = round(audio.SAMPLE_RATE / speed)  # read at this rate and heard at another, it is faster or slower
     samples = audio.read_segment(piece.recording.path, piece.start * speed, piece.seconds * speed, rate)
-    return shift_formants(samples, piece.recording.formants)
+    if formants == 1:
+        return samples
+    return shift_formants(torch.from_numpy(samples)[None], torch.tensor([formants]))[0].numpy()
 
 
-def shift_formants(samples, factor):
-    """Move the formants of a voice (samples,) to `factor` times their frequencies; its pitch stays.
+def shift_formants(samples, factors):
+    """Move the formants of voices (batch, samples) to `factors` (batch,) times their frequencies; the pitch stays.
 
     Each frame's spectrum is divided by its envelope, the first part of its cepstrum (Oppenheim and Schafer, 1968), and
     multiplied by the moved one; both are linear in the logarithm of its magnitudes, and so is what is added to that.
     """
-    if factor == 1 or len(samples) < FORMANT_WINDOW:
+    length, device = samples.shape[-1], samples.device
+    if length < FORMANT_WINDOW:
         return samples
-    spectrum = librosa.stft(samples, n_fft=FORMANT_WINDOW, hop_length=FORMANT_WINDOW // 3)
-    bins, quefrencies = np.arange(len(spectrum)), np.arange(ENVELOPE)
-    cosines = np.cos(2 * np.pi / FORMANT_WINDOW * np.outer(quefrencies, bins))
-    moved = np.cos(2 * np.pi / FORMANT_WINDOW * np.outer(quefrencies, np.minimum(bins / factor, bins[-1])))
-    twice = np.where(bins % bins[-1] == 0, 1, 2)  # all bins but the first and the last stand for two
-    change = 2 * (moved - cosines).T @ (cosines * twice / FORMANT_WINDOW)
-    gain = np.exp(change.astype(np.float32) @ np.log(np.abs(spectrum) + 1e-6))
-    return librosa.istft(spectrum * gain, hop_length=FORMANT_WINDOW // 3, length=len(samples))
+    frames = {"n_fft": FORMANT_WINDOW, "hop_length": FORMANT_WINDOW // 3}
+    frames["window"] = torch.hann_window(FORMANT_WINDOW, device=device)
+    spectrum = torch.stft(samples, **frames, pad_mode="constant", return_complex=True)
+    bins = torch.arange(spectrum.shape[1], device=device)
+    turns = 2 * math.pi / FORMANT_WINDOW * torch.arange(ENVELOPE, device=device)[:, None]
+    cosines = torch.cos(turns * bins)
+    moved = torch.cos(turns * (bins / factors[:, None, None]).clamp(max=len(bins) - 1))  # (batch, ENVELOPE, bins)
+    twice = torch.where(bins % (len(bins) - 1) == 0, 1, 2)  # all bins but the first and the last stand for two
+    envelope = cosines * twice / FORMANT_WINDOW @ (spectrum.abs() + 1e-6).log()
+    gain = torch.exp(2 * (moved - cosines).transpose(1, 2) @ envelope)
+    return torch.istft(spectrum * gain, **frames, length=length)
 
 
 def sound(pieces, samples, responses=None):
@@ -323,20 +338,21 @@ def sound(pieces, samples, responses=None):
         placed[start : start + len(heard)] = heard
         if responses and responses[n] is not None:
             placed = scipy.signal.fftconvolve(placed, responses[n])[:samples]
-        power = active_power(placed)
+        power = active_power(torch.from_numpy(placed)).item()
         if power > 0:
             total += placed / np.sqrt(power)
     return total
 
 
 def active_power(samples):
-    """Mean power of a signal (samples,) from its first to its last 20 ms within 50 dB of the loudest, 0 if silent."""
+    """Mean power of signals (..., samples) from first to last 20 ms within 50 dB of the loudest, 0 if silent."""
     frame = audio.SAMPLE_RATE // 50
-    energy = np.add.reduceat(np.square(samples, dtype=np.float64), np.arange(0, len(samples), frame))
-    if energy.max() < frame * SILENCE:
-        return 0.0
-    heard = np.flatnonzero(energy > 1e-5 * energy.max())
-    return float(energy[heard[0] : heard[-1] + 1].sum() / (frame * (heard[-1] + 1 - heard[0])))
+    energy = F.pad(samples.double(), (0, -samples.shape[-1] % frame)).unflatten(-1, (-1, frame)).square().sum(-1)
+    loudest = energy.amax(-1, keepdim=True)
+    heard = (energy > 1e-5 * loudest).int()
+    between = (heard.cumsum(-1) > 0) & (heard.flip(-1).cumsum(-1).flip(-1) > 0)
+    power = (energy * between).sum(-1) / (frame * between.sum(-1).clamp(min=1))
+    return torch.where(loudest[..., 0] < frame * SILENCE, 0.0, power)
 
 
 def random_curve(rng):
@@ -344,13 +360,15 @@ def random_curve(rng):
     return rng.uniform(-EQUALISER_DB, EQUALISER_DB, 6)
 
 
-def equalise(samples, curve):
-    """Filter a signal (samples,) with an equaliser `curve`, interpolated over the logarithm of the frequency."""
-    spectrum = np.fft.rfft(samples)
-    frequencies = np.fft.rfftfreq(len(samples), 1 / audio.SAMPLE_RATE)
-    points = np.geomspace(100, audio.SAMPLE_RATE / 2, len(curve))
-    gains_db = np.interp(np.log(np.maximum(frequencies, 1)), np.log(points), curve)
-    return np.fft.irfft(spectrum * 10 ** (gains_db / 20), n=len(samples))
+def equalise(samples, curves):
+    """Filter signals (..., samples) with equaliser `curves` (..., 6), interpolated over the frequency's logarithm."""
+    spectrum = torch.fft.rfft(samples)
+    frequencies = np.fft.rfftfreq(samples.shape[-1], 1 / audio.SAMPLE_RATE)
+    points = np.geomspace(100, audio.SAMPLE_RATE / 2, curves.shape[-1])
+    place = np.interp(np.log(np.maximum(frequencies, 1)), np.log(points), np.arange(len(points)))
+    nearness = np.clip(1 - np.abs(place - np.arange(len(points))[:, None]), 0, 1)  # (6, frequencies)
+    gains_db = curves.double() @ torch.from_numpy(nearness).to(samples.device)
+    return torch.fft.irfft(spectrum * 10 ** (gains_db / 20), n=samples.shape[-1])
 
 
 def draw_room(rng, rooms, sources):

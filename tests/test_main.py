@@ -165,7 +165,7 @@ def test_another_store_or_batch_size_is_refused_and_nothing_is_lost(options, tmp
     with pytest.raises(UserError, match="batch_size 4 there, 8 now"):
         trainer.resume()
     trainer = main.Trainer(options, dataset.Path(options.data))
-    trainer.examples.index = trainer.examples.index[:20]
+    trainer.examples.powers = trainer.examples.powers[:20]
     with pytest.raises(UserError, match=f"examples {SIZE} there, 20 now"):
         trainer.resume()
     assert [path.name for path in main.checkpoints(options.output)] == kept

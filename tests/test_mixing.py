@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.signal
+import torch
 
 import audio
 import corpora
@@ -35,7 +36,7 @@ def test_parts_have_the_stated_ratios_and_level(recordings):
         if not gains.all():  # a piece of noise may have no sound in it
             continue
         checked += 1
-        powers = [mixing.active_power(part) for part in example.parts / gains] * gains[:, 0] ** 2
+        powers = mixing.active_power(torch.tensor(example.parts / gains)).numpy() * gains[:, 0] ** 2
         assert level_db(powers[0] / powers[1]) == pytest.approx(plan.sir_db, abs=0.1)
         assert level_db(powers[0] / powers[2]) == pytest.approx(plan.snr_db, abs=0.1)
         assert example.row["powers"] == pytest.approx(powers, rel=0.02)
@@ -113,19 +114,25 @@ def test_a_faster_voice_is_higher_and_shorter(tmp_path):
     assert recording.at(1).seconds == pytest.approx(4)
 
 
+def shift_formants(samples, factor):
+    return mixing.shift_formants(torch.tensor(samples).float()[None], torch.tensor([factor]))[0].numpy()
+
+
 @pytest.mark.parametrize(("factor", "formant"), [(0.8, 800), (1.2, 1200)])
 def test_formants_move_and_the_pitch_stays(factor, formant):
     pulses = (np.arange(16000) % 160 == 0).astype(float)  # 100 Hz
     ringing = scipy.signal.lfilter([1], np.poly(0.9 * np.exp([2j * np.pi / 16, -2j * np.pi / 16])).real, pulses)
-    samples = mixing.shift_formants(ringing, factor)
+    samples = shift_formants(ringing, factor)
     assert len(samples) == 16000
     before, after = (np.abs(np.fft.rfft(signal)) for signal in (ringing, samples))  # a bin is 1 Hz
     assert before.argmax() == 1000
     assert abs(after.argmax() - formant) <= 100
     assert np.square(after[::100]).sum() > 0.95 * np.square(after).sum()
-    assert np.allclose(mixing.shift_formants(ringing, 1 + 1e-9), ringing, atol=1e-3)
-    assert np.array_equal(mixing.shift_formants(ringing[:300], factor), ringing[:300])  # too short for a window
-    assert not mixing.shift_formants(np.zeros(16000), factor).any()
+    assert np.allclose(shift_formants(ringing, 1.0), ringing, atol=1e-3)
+    assert np.allclose(shift_formants(ringing[:300], factor), ringing[:300])  # too short for a window
+    assert not shift_formants(np.zeros(16000), factor).any()
+    both = mixing.shift_formants(torch.tensor(np.stack([ringing, ringing])).float(), torch.tensor([1.0, factor]))
+    assert np.allclose(both[1], samples, atol=1e-5)
 
 
 def test_shares_are_as_set(recordings):
@@ -183,10 +190,10 @@ def test_recorded_rooms_are_used(recordings, tmp_path):
 
 def test_the_equaliser_changes_the_spectrum_as_drawn():
     noise = np.random.default_rng(0).standard_normal(16000)
-    assert np.allclose(mixing.equalise(noise, np.zeros(6)), noise)
-    louder = mixing.equalise(noise, np.full(6, 6.0))
+    curves = torch.tensor([[0.0] * 6, [6.0] * 6, [6.0] * 3 + [-6.0] * 3])
+    same, louder, tilted = mixing.equalise(torch.tensor(np.stack([noise] * 3)), curves).numpy()
+    assert np.allclose(same, noise)
     assert np.allclose(louder, noise * 10 ** (6 / 20))
-    tilted = mixing.equalise(noise, np.array([6, 6, 6, -6, -6, -6.0]))
     before, after = np.abs(np.fft.rfft(noise)), np.abs(np.fft.rfft(tilted))
     assert after[200] > 1.9 * before[200]
     assert after[5000] < 0.6 * before[5000]
