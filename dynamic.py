@@ -14,6 +14,7 @@ noise for a quarter as many examples. After some epochs of remixing them, others
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +178,11 @@ class Examples(dataset.Examples):
         self.encoder = SpeakerEncoder(bf16=self.device.type == "cuda").to(self.device)
         size, noises = self.settings["examples"][split], -(-self.settings["examples"][split] // VOICES_PER_NOISE)
         shape = size + noises, self.stft.n_freq, self.stft.frames(self.samples), 2
-        self.held = torch.empty(shape, dtype=torch.float16, device=self.device)
+        try:
+            self.held = torch.empty(shape, dtype=torch.float16, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            needed = f"{size} voices take {2e-9 * math.prod(shape):.1f} GB, more than the GPU has free"
+            raise UserError(f"{self.folder}: {needed}; make it again with a lower --size") from error
         self.dvectors = torch.empty(size, len(mixing.REFERENCE_SECONDS), SpeakerEncoder.size, device=self.device)
         self.rendered = None
 

@@ -233,7 +233,7 @@ class Trainer:
         if examples.device is None:
             made = torch.utils.data.DataLoader(examples, collate_fn=as_it_is, **options)
             return (batch.to(self.device) for batch in made)
-        drawn = torch.utils.data.DataLoader(Orders(examples), collate_fn=as_it_is, **options)
+        drawn = torch.utils.data.DataLoader(Drawing(examples), collate_fn=as_it_is, **options)
         return (examples.batch(orders.to(self.device)) for orders in drawn)
 
     def estimate(self, batch):
@@ -429,8 +429,8 @@ class Trainer:
             )
 
 
-class Orders(torch.utils.data.Dataset):
-    """The orders of examples that are held on a device: the loaders' processes have no business there."""
+class Drawing(torch.utils.data.Dataset):
+    """Draws the orders of examples that are held on a device, where the loaders' processes have no business."""
 
     def __init__(self, examples):
         self.examples = examples

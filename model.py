@@ -32,14 +32,12 @@ class Config:
     voice_size: int = option(32, "directions of d-vectors that are used, those in which voices differ most")
     n_fft: int = option(512, "length of the STFT's window in samples")
     hop: int = option(256, "hop of the STFT in samples")
-    channels: list[int] = option(
-        [16, 32, 64, 96], "channels of the strided stages, each of which halves the frequencies"
-    )
+    channels: list[int] = option([32, 64, 96], "channels of the strided stages, each of which halves the frequencies")
     fine_hz: float = option(4000.0, "frequency in Hz from which on bands are four times as wide")
     blocks: int = option(3, "blocks at the bottom")
     dilations: list[int] = option([1, 2, 4], "dilations in frames of a block's convolutions")
-    full_channels: int = option(12, "channels of each band that the LSTM over all bands sees")
-    full_hidden: int = option(152, "units of each block's LSTM over all bands")
+    full_channels: int = option(10, "channels of each band that the LSTM over all bands sees")
+    full_hidden: int = option(208, "units of each block's LSTM over all bands")
     compression: float = option(0.3, "exponent on the magnitudes that the network sees")
     mask_bound: float = option(2.0, "largest magnitude of the mask")
     level_seconds: float = option(3.0, "time constant of the running level")
