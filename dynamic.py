@@ -69,7 +69,7 @@ class Pieces:
     @classmethod
     def of(cls, signals, first_samples):
         """Of lists of `mixing.Piece`, those of a signal, and each recording's first sample."""
-        most = max(map(len, signals), default=0)
+        most = max(1, *map(len, signals))
         starts, lengths = torch.zeros(2, len(signals), most, dtype=torch.long)
         offsets = torch.zeros(len(signals), dtype=torch.long)
         for n, pieces in enumerate(signals):

@@ -88,6 +88,14 @@ def test_what_is_rendered_is_at_one_level_or_silent(examples):
         assert np.allclose(examples.powers[n], powers[rows], rtol=0.02)
 
 
+def test_without_noise_and_music_there_are_voices_only(recordings, settings, tmp_path):
+    downloader.prepare(tmp_path, settings, {"speech": recordings["speech"]}, SIZE, workers=1, as_recordings=True)
+    examples = dynamic.Examples(tmp_path, "train", remix=True, device=CPU)
+    assert not examples.held[SIZE:].any()
+    assert not examples.powers[:, dataset.NOISE].any()
+    assert examples.__getitems__(list(range(SIZE))).mixture.abs().sum() > 0
+
+
 def test_other_epochs_have_other_voices_and_the_same_ones_come_back(folder, examples):
     first, dvectors = examples.held.clone(), examples.dvectors.clone()
     examples.epoch = dynamic.EPOCHS - 1
