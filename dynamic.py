@@ -26,7 +26,6 @@ import audio
 import corpora
 import dataset
 import mixing
-from dataset import INTERFERENCE, NOISE, TARGET
 from encoder import SpeakerEncoder
 from utils import UserError, whole
 
@@ -176,7 +175,10 @@ class Examples(dataset.Examples):
         settings = mixing.Settings(**{name: value for name, value in self.settings.items() if name in names})
         self.mixer = mixing.Mixer(settings, **kinds)
         self.encoder = SpeakerEncoder(bf16=self.device.type == "cuda").to(self.device)
-        size, noises = self.settings["examples"][split], -(-self.settings["examples"][split] // VOICES_PER_NOISE)
+        size = self.settings["examples"][split]
+        noises, numbers = -(-size // VOICES_PER_NOISE), np.arange(size)
+        # of each example's parts; another voice stands for its interference
+        self.rows = np.stack([numbers, (numbers - 1) % size, size + numbers % noises], axis=1)
         shape = size + noises, self.stft.n_freq, self.stft.frames(self.samples), 2
         try:
             self.held = torch.empty(shape, dtype=torch.float16, device=self.device)
@@ -217,11 +219,8 @@ class Examples(dataset.Examples):
             )
             names += chunk.names
             self.corpora += chunk.corpora
-        # another voice stands for an example's interference
-        powers, noise_powers = torch.cat(powers).numpy(), torch.cat(noise_powers).numpy()
-        others, speakers = np.arange(size) - 1, [{name} for name in names]
-        self.powers = np.stack([powers, powers[others], noise_powers[np.arange(size) % len(noise_powers)]], axis=1)
-        self.speakers = [[one, speakers[n - 1], set()] for n, one in enumerate(speakers)]
+        self.powers = torch.cat(powers + noise_powers).numpy()[self.rows]
+        self.speakers = [[{names[target]}, {names[other]}, set()] for target, other, _ in self.rows]
         self.rendered = number
 
     def voices(self, chunk):
@@ -234,17 +233,16 @@ class Examples(dataset.Examples):
             sounds.append(mixing.equalise(signals, chunk.curves[len(sounds)].to(self.device)))
         voices, references = sounds
         lengths = chunk.references.lengths.sum(1) * chunk.percent // 100
-        return level(voices), [reference[:length] for reference, length in zip(references, lengths, strict=True)]
+        return voices, [reference[:length] for reference, length in zip(references, lengths, strict=True)]
 
     def keep(self, start, signals):
         """Hold the spectra of signals (batch, samples) from row `start` on; returns their powers (batch,)."""
-        signals = level(signals) * POWER**0.5
-        self.held[start : start + len(signals)] = torch.view_as_real(self.stft.spectrum(signals))
-        return mixing.active_power(signals).cpu()
+        signals = level(signals)
+        self.held[start : start + len(signals)] = torch.view_as_real(self.stft.spectrum(POWER**0.5 * signals))
+        return POWER * signals.any(-1).double().cpu()
 
     def row(self, example, part):
-        size, noises = len(self.dvectors), len(self.held) - len(self.dvectors)
-        return {TARGET: example, INTERFERENCE: (example - 1) % size, NOISE: size + example % noises}[part]
+        return self.rows[example, part]
 
 
 def level(signals):

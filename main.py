@@ -229,12 +229,16 @@ class Trainer:
 
     def load(self, examples, chosen):
         """A loader of the batches of item numbers `chosen`, onto the device without waiting."""
-        options = {"num_workers": self.loaders, "pin_memory": self.device.type == "cuda", "batch_sampler": chosen}
-        if examples.device is None:
-            made = torch.utils.data.DataLoader(examples, collate_fn=as_it_is, **options)
-            return (batch.to(self.device) for batch in made)
-        drawn = torch.utils.data.DataLoader(Drawing(examples), collate_fn=as_it_is, **options)
-        return (examples.batch(orders.to(self.device)) for orders in drawn)
+        held = examples.device is not None  # where the loaders' processes have no business: they draw the orders
+        loader = torch.utils.data.DataLoader(
+            range(len(examples)),
+            batch_sampler=chosen,
+            collate_fn=examples.orders if held else examples.__getitems__,
+            num_workers=self.loaders,
+            pin_memory=self.device.type == "cuda",
+        )
+        made = (one.to(self.device) for one in loader)
+        return map(examples.batch, made) if held else made
 
     def estimate(self, batch):
         """The estimate's spectrum, with autocast where it is wanted."""
@@ -427,21 +431,6 @@ class Trainer:
             raise UserError(
                 f"{self.options.output}: none of its checkpoints is whole; remove them or choose another --output"
             )
-
-
-class Drawing(torch.utils.data.Dataset):
-    """Draws the orders of examples that are held on a device, where the loaders' processes have no business."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __getitems__(self, items):
-        return self.examples.orders(items)
-
-
-def as_it_is(batch):
-    """For the loader: whole batches are made already."""
-    return batch
 
 
 def checkpoints(folder):
