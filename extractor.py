@@ -12,6 +12,7 @@
 """
 
 import hashlib
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -20,16 +21,19 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+import torch.nn.functional as F
 
 import model
 from audio import SAMPLE_RATE, Resampler, resampling_delay
-from encoder import SpeakerEncoder
+from encoder import PIECE, SpeakerEncoder
 from utils import ROOT, UserError, whole
 
 CHECKPOINTS = ROOT / "models" / "extractor"
 PRIMARY_SECONDS, PRIMARY_STEP_SECONDS = 5.0, 1.0  # what the primary speaker is enrolled from, and where it may begin
 FRAME = 320  # samples that a level is measured over
 PRIMARY_LEVEL = 1e-8  # its median power at least, full scale 1
+ALIKE = 0.7  # product of two d-vectors of one voice at least: 95 % of a voice's are more alike, 80 % of others' less
+ALIKE_POWER = 0.05  # of the loudest, at least, where a voice is compared
 LOUDEST = 8.0  # samples of a stream are clipped to this, 18 dB over full scale: one click must not rule the level
 GRAPH_HOPS = 8  # that go through the graph one by one; more are faster together, through the network
 CHUNK = 2**17  # samples at most that go through the network at once, a whole number of hops
@@ -98,22 +102,33 @@ class Extractor:
     def enroll_primary(self, blocks):
         """The `Voice` of the loudest sustained voice in a mixture that comes in blocks at 16 kHz, heard from itself.
 
-        The reference is the piece of PRIMARY_SECONDS of the estimate without a reference whose median level is highest.
-        Returns the voice and the second at which the piece begins; `None` for both where there is no such piece.
+        The reference is the piece of PRIMARY_SECONDS of the estimate without a reference whose median level is highest,
+        and what sounds like it as long before and after. Returns the voice and the second at which the piece begins;
+        `None` for both where there is no such piece.
         """
         size, step = (round(seconds * self.sample_rate) for seconds in (PRIMARY_SECONDS, PRIMARY_STEP_SECONDS))
-        heard, position = np.zeros(0, dtype=np.float32), 0
-        loudest, reference, start = PRIMARY_LEVEL, None, None
-        for block in self.extract_blocks(blocks):
-            heard = np.concatenate([heard, block])
-            while len(heard) >= size:
-                level = np.median(np.square(heard[:size]).reshape(-1, FRAME).mean(1))
+        around = [np.zeros(size, dtype=np.float32)]
+        held, position = np.zeros(0, dtype=np.float32), 0
+        loudest, stretch, start = PRIMARY_LEVEL, None, None
+        for block in itertools.chain(around, self.extract_blocks(blocks), around):
+            held = np.concatenate([held, block])
+            while len(held) >= 3 * size:
+                level = np.median(np.square(held[size : 2 * size]).reshape(-1, FRAME).mean(1))
                 if level > loudest:
-                    loudest, reference, start = level, heard[:size], position
-                heard, position = heard[step:], position + step
-        if reference is None:
+                    loudest, stretch, start = level, held[: 3 * size], position
+                held, position = held[step:], position + step
+        if stretch is None:
             return None, None
-        return self.enroll(reference), start / self.sample_rate
+        return self.enroll_alike(stretch[size : 2 * size], stretch), start / self.sample_rate
+
+    def enroll_alike(self, reference, estimate):
+        """The `Voice` of a reference (samples,) and of what sounds like it in an estimate (samples,)."""
+        known = self.encoder.dvectors([reference])
+        pieces = np.lib.stride_tricks.sliding_window_view(estimate, PIECE)[:: PIECE // 4]
+        powers = np.square(pieces).mean(1)
+        dvectors = self.encoder.dvectors(list(pieces[powers > ALIKE_POWER * powers.max()]))
+        alike = dvectors[dvectors @ known[0] > ALIKE]
+        return Voice(F.normalize(torch.cat([known, alike]).mean(0), dim=-1).cpu())
 
     def stream(self, voice=None, rate=SAMPLE_RATE):
         """A new `Stream` that keeps this voice of samples at `rate` Hz."""

@@ -1,5 +1,6 @@
 """extractor.py and test.py: any recording in, one voice out, one line for what is wrong."""
 
+import itertools
 import os
 import re
 import shutil
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DEMO, score
+from conftest import CORPORA, DEMO, score
 
 import audio
+import corpora
 import test as script_under_test
 from extractor import Extractor, Voice
 from utils import ROOT, UserError
@@ -176,16 +178,39 @@ def test_without_a_reference_it_listens_for_one(script, checkpoint, tmp_path):
 
 def test_the_primary_speaker_is_where_the_estimate_is_loud_and_sustained(extractor, monkeypatch):
     monkeypatch.setattr(extractor, "extract_blocks", lambda blocks: blocks)
-    monkeypatch.setattr(extractor, "enroll", lambda reference: reference)
+    monkeypatch.setattr(extractor, "enroll_alike", lambda reference, estimate: (reference, estimate))
     speech = np.random.default_rng(0).normal(0, 0.1, 20 * 16000).astype(np.float32)
     speech[: 7 * 16000] *= 0.3
     speech[13 * 16000 :] *= 0.3
     speech[2 * 16000 : 3 * 16000] *= 30  # loud, but not sustained
-    reference, start = extractor.enroll_primary(np.split(speech, [100, 50000, 200000]))
+    (reference, around), start = extractor.enroll_primary(np.split(speech, [100, 50000, 200000]))
     assert start in (7, 8)
     assert np.array_equal(reference, speech[int(start) * 16000 :][: 5 * 16000])
+    assert np.array_equal(around, speech[int(start - 5) * 16000 :][: 15 * 16000])
     assert extractor.enroll_primary([np.zeros(10 * 16000, dtype=np.float32)]) == (None, None)
     assert extractor.enroll_primary([speech[: 4 * 16000]]) == (None, None)
+
+
+def test_what_sounds_like_the_primary_speaker_makes_the_voice_better_and_others_change_nothing(extractor):
+    pairs = list(itertools.islice(utterances(5 * audio.SAMPLE_RATE), 0, 10, 2))  # neighbours may be one voice, higher
+    for (one, more), (other, _) in itertools.pairwise(pairs):
+        known, whole = extractor.enroll(one).dvector, extractor.enroll(np.concatenate([one, more])).dvector
+        among_others = extractor.enroll_alike(one, np.concatenate([other, one, other])).dvector
+        among_its_own = extractor.enroll_alike(one, np.concatenate([more, one, np.zeros_like(one)])).dvector
+        assert among_others @ known > 0.95
+        assert among_its_own @ whole > known @ whole
+        assert among_its_own.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def utterances(samples):
+    """Two signals of so many samples of each of several voices."""
+    folder = CORPORA / "LibriSpeech" / "dev-clean"
+    folder = folder if folder.exists() else DEMO / "voices"
+    recordings = corpora.find([str(folder)], "speech", folder)
+    for _, spoken in itertools.groupby(recordings, lambda recording: recording.speaker):
+        spoken = np.concatenate([audio.read(recording.path) for recording in itertools.islice(spoken, 8)])
+        if len(spoken) >= 2 * samples:
+            yield spoken[:samples], spoken[samples : 2 * samples]
 
 
 def test_one_bad_input_among_several_does_not_stop_the_others(script, checkpoint, tmp_path):
