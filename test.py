@@ -112,7 +112,8 @@ def primary(extractor, path, self_enroll):
     if voice is None:
         print(f"{path}: no voice is heard for {PRIMARY_SECONDS:g} s, so nothing of it is taken as a reference")
     else:
-        print(f"{path}: the reference is what was heard from {start:g} to {start + PRIMARY_SECONDS:g} s, and what is like it")
+        end = start + PRIMARY_SECONDS
+        print(f"{path}: the reference is what was heard from {start:g} to {end:g} s, and what sounds like it nearby")
     return voice
 
 
