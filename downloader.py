@@ -251,8 +251,8 @@ def make_block(block):
     parts = torch.from_numpy(np.stack([example.parts for example in examples]))
     spectra = worker.config.stft.spectrum(parts.reshape(-1, parts.shape[-1]))
     spectra = torch.view_as_real(spectra).half().numpy().reshape(*parts.shape[:2], *spectra.shape[1:], 2)
-    lengths = [round(seconds * worker.config.sample_rate) for seconds in mixing.REFERENCE_SECONDS]
-    dvectors = worker.encoder.prefix_dvectors([example.reference for example in examples], lengths).numpy()
+    references = [example.reference for example in examples]
+    dvectors = worker.encoder.prefix_dvectors(references, mixing.REFERENCE_SAMPLES).numpy()
     return list(zip(spectra, dvectors, (example.row for example in examples), strict=True))
 
 

@@ -33,7 +33,6 @@ EPOCHS = 4  # of remixing the same voices
 CHUNK = 256  # voices rendered at once, all at one speed
 VOICES_PER_NOISE = 4
 POWER = 10**-2.5  # of everything that is rendered; full scale 1
-REFERENCE_SAMPLES = round(max(mixing.REFERENCE_SECONDS) * audio.SAMPLE_RATE)
 
 
 def write_recordings(folder, recordings, decoded):
@@ -185,7 +184,7 @@ class Examples(dataset.Examples):
         except torch.cuda.OutOfMemoryError as error:
             needed = f"{size} voices take {2e-9 * math.prod(shape):.1f} GB, more than the GPU has free"
             raise UserError(f"{self.folder}: {needed}; make it again with a lower --size") from error
-        self.dvectors = torch.empty(size, len(mixing.REFERENCE_SECONDS), SpeakerEncoder.size, device=self.device)
+        self.dvectors = torch.empty(size, len(mixing.REFERENCE_SAMPLES), SpeakerEncoder.size, device=self.device)
         self.rendered = None
 
     @property
@@ -211,9 +210,8 @@ class Examples(dataset.Examples):
             start, noise = len(names), size + sum(map(len, noise_powers))
             voices, references = self.voices(chunk)
             powers.append(self.keep(start, voices))
-            self.dvectors[start : start + len(voices)] = self.encoder.prefix_dvectors(
-                references, [round(seconds * audio.SAMPLE_RATE) for seconds in mixing.REFERENCE_SECONDS]
-            )
+            dvectors = self.encoder.prefix_dvectors(references, mixing.REFERENCE_SAMPLES)
+            self.dvectors[start : start + len(voices)] = dvectors
             noise_powers.append(
                 self.keep(noise, sum(level(pieces.gather(self.recorded, self.samples)) for pieces in chunk.noises))
             )
@@ -226,7 +224,7 @@ class Examples(dataset.Examples):
     def voices(self, chunk):
         """The voices (voices, samples) of a chunk, and their references, a list of signals."""
         sounds = []
-        for pieces, samples in (chunk.targets, self.samples), (chunk.references, REFERENCE_SAMPLES):
+        for pieces, samples in (chunk.targets, self.samples), (chunk.references, max(mixing.REFERENCE_SAMPLES)):
             signals = pieces.gather(self.recorded, -(-samples * 100 // chunk.percent))
             signals = torchaudio.functional.resample(signals, 100, chunk.percent)[:, :samples]
             signals = mixing.shift_formants(signals, chunk.formants.to(self.device))

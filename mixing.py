@@ -21,6 +21,7 @@ from utils import POSITIVE, RANGE, SHARE, UserError, option, require
 pyroomacoustics.constants.set("num_threads", 1)  # downloader.py has a process for each core
 PARTS = ("target", "interference", "noise")
 REFERENCE_SECONDS = (1.0, 3.0, 10.0)  # the lengths of reference that each example has a d-vector of
+REFERENCE_SAMPLES = [round(seconds * audio.SAMPLE_RATE) for seconds in REFERENCE_SECONDS]
 MIN_REFERENCE_SECONDS = 1.5  # what a drawn reference has at least
 SILENCE = 1e-10  # power, full scale 1; what is below is never made louder
 NATURAL = {"speed": [1.0, 1.0], "formants": [1.0, 1.0]}  # settings that leave voices as they are
