@@ -185,6 +185,12 @@ class Resampler:
         missing = round(self._in * self.rate_out / self.rate_in) - self._out - len(rest)
         return self._count(np.pad(rest, (0, missing)) if missing > 0 else rest[: len(rest) + missing])
 
+    def convert(self, blocks):
+        """Yield what is ready of each block, then the rest."""
+        for block in blocks:
+            yield self.feed(block)
+        yield self.flush()
+
     def _count(self, block):
         self._out += len(block)
         return block
@@ -204,9 +210,7 @@ def resampling_delay(rate_in, rate_out):
 def read(path, rate=SAMPLE_RATE):
     """Return a whole recording as mono float32 `(samples,)` at `rate` Hz; `UserError` as in `Reader`."""
     with Reader(path) as reader:
-        resampler = Resampler(reader.rate, rate)
-        pieces = [resampler.feed(block) for block in reader.blocks(10)]
-    return np.concatenate([*pieces, resampler.flush()])
+        return np.concatenate(list(Resampler(reader.rate, rate).convert(reader.blocks(10))))
 
 
 def read_segment(path, start_seconds, seconds, rate=SAMPLE_RATE):
@@ -245,8 +249,7 @@ def read_segment(path, start_seconds, seconds, rate=SAMPLE_RATE):
             for _ in reader.blocks(10):
                 pass
         raise UserError(f"{path}: pieces of it cannot be read; convert it to WAV or FLAC") from error
-    resampler = Resampler(rate_in, rate)
-    piece = np.concatenate([resampler.feed(_mono(around)), resampler.flush()])[before : before + samples]
+    piece = np.concatenate(list(Resampler(rate_in, rate).convert([_mono(around)])))[before : before + samples]
     _check_finite(piece, path)
     if len(piece) < samples:
         raise _breaks_off(path, f"before {start_seconds + seconds:.2f} s")

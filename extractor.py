@@ -36,7 +36,7 @@ ALIKE = 0.7  # product of two d-vectors of one voice at least: 95 % of a voice's
 ALIKE_POWER = 0.05  # of the loudest, at least, where a voice is compared
 LOUDEST = 8.0  # samples of a stream are clipped to this, 18 dB over full scale: one click must not rule the level
 GRAPH_HOPS = 8  # that go through the graph one by one; more are faster together, through the network
-CHUNK = 2**17  # samples at most that go through the network at once, a whole number of hops
+CHUNK = 2**17  # samples at most that go through the network at once
 
 
 def default_checkpoint():
@@ -165,7 +165,7 @@ class Extractor:
         dvectors = torch.stack([(stream.voice or PRIMARY).dvector for stream in streams]).to(self.device)
         state = [torch.cat(tensors) for tensors in zip(*(stream.state for stream in streams), strict=True)]
         estimates = []
-        extract, size = self.network.extract, CHUNK
+        extract, size = self.network.extract, CHUNK // self.stft.hop * self.stft.hop
         if self.graph is not None and samples.shape[1] <= GRAPH_HOPS * self.stft.hop:
             extract, size = self.graph, self.stft.hop
         for chunk in torch.from_numpy(samples).to(self.device).split(size, dim=-1):

@@ -352,8 +352,7 @@ def record(device, seconds):
     finally:
         device.stop()
         show("")
-    resampler = audio.Resampler(device.rate, audio.SAMPLE_RATE)
-    samples = np.concatenate([*map(resampler.feed, take.blocks), resampler.flush()])
+    samples = np.concatenate(list(audio.Resampler(device.rate, audio.SAMPLE_RATE).convert(take.blocks)))
     return samples[: round(seconds * audio.SAMPLE_RATE)]
 
 

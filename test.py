@@ -83,32 +83,34 @@ def outputs(options):
     place = Path(options.output or RESULTS)
     suffix = Path(options.output).suffix.lower() if options.output else ""
     if not several and suffix and not place.is_dir():
-        given = [Path(path).resolve() for path in (*options.mixture, options.reference, options.target) if path]
-        if place.resolve() in given:
-            raise UserError(f"{place}: is one of the recordings given; choose another --output")
-        return [(options.mixture[0], place)]
-    if several and suffix in audio.FORMATS:
+        pairs = [(options.mixture[0], place)]
+    elif several and suffix in audio.FORMATS:
         raise UserError(f"{place}: is a file, but there are {len(options.mixture)} mixtures; give a folder")
-    if place.exists() and not place.is_dir():
+    elif place.exists() and not place.is_dir():
         raise UserError(f"{place}: is a file; give a folder")
-    pairs = [(path, place / f"{Path(path).stem}_estimate.wav") for path in options.mixture]
+    else:
+        pairs = [(path, place / f"{Path(path).stem}_estimate.wav") for path in options.mixture]
     if len({output for _, output in pairs}) < len(pairs):
         raise UserError("two mixtures have the same name; extract them one by one")
+    given = {Path(path).resolve() for path in (*options.mixture, options.reference, options.target) if path}
+    for _, output in pairs:
+        if output.resolve() in given:
+            raise UserError(f"{output}: is one of the recordings given; choose another --output")
     return pairs
 
 
 def primary(extractor, path, self_enroll):
     """The voice of a recording's primary speaker, heard from itself; `None` where that is not wanted or not possible.
 
-    Without a wish (`None`), recordings of PRIMARY_SECONDS or more are heard.
+    Without a wish (`None`), recordings of PRIMARY_SECONDS or more are heard, and those of unknown length.
     """
     with audio.Reader(path) as reader:
         long = reader.frames is None or reader.frames >= PRIMARY_SECONDS * reader.rate
         if not (long if self_enroll is None else self_enroll):
             return None
-        resampler = audio.Resampler(reader.rate, extractor.sample_rate)
         blocks = progress(reader, f"{Path(path).name}, who speaks")
-        voice, start = extractor.enroll_primary(resampler.feed(block) for block in blocks)
+        blocks = audio.Resampler(reader.rate, extractor.sample_rate).convert(blocks)
+        voice, start = extractor.enroll_primary(blocks)
     if voice is None:
         print(f"{path}: no voice is heard for {PRIMARY_SECONDS:g} s, so nothing of it is taken as a reference")
     else:

@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import glob
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -48,10 +47,10 @@ def whole(path):
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
-            process = int(re.search(r"\.(\d+)\.partial", left.name)[1])
-            if process == os.getpid() or not alive(process):
-                remove(left)
+        for found in path.parent.iterdir():
+            left = re.fullmatch(rf"\.{re.escape(path.stem)}\.(\d+)\.partial{re.escape(path.suffix)}", found.name)
+            if left and (int(left[1]) == os.getpid() or not alive(int(left[1]))):
+                remove(found)
         yield partial
         if partial.is_dir() and path.is_dir():
             shutil.rmtree(path)
@@ -138,6 +137,7 @@ def require(options, condition, *names):
 
 
 POSITIVE = (lambda value: value is None or value > 0, "more than 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 SHARE = (lambda value: 0 <= value <= 1, "a share from 0 to 1")
 RANGE = (lambda value: value[0] <= value[1], "the lower end first")
 

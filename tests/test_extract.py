@@ -18,6 +18,7 @@ import audio
 import corpora
 import test as script_under_test
 from extractor import Extractor, Voice
+from model import Config, Network
 from utils import ROOT, UserError
 
 REFERENCE = DEMO / "reference.opus"
@@ -213,6 +214,35 @@ def utterances(samples):
             yield spoken[:samples], spoken[samples : 2 * samples]
 
 
+def test_five_seconds_at_any_rate_are_enough_to_listen_for_a_voice(extractor, tmp_path, monkeypatch):
+    monkeypatch.setattr(extractor, "enroll_primary", lambda blocks: (sum(map(len, blocks)), 0))
+    for rate in (8000, 16000, 44100, 48000):
+        audio.write(tmp_path / "five.wav", np.full(5 * rate, 0.1, dtype=np.float32), rate)
+        assert script_under_test.primary(extractor, tmp_path / "five.wav", None) == 5 * audio.SAMPLE_RATE
+
+
+def test_nothing_that_was_given_is_overwritten(script, checkpoint, tmp_path):
+    shutil.copy(MIXTURE, tmp_path / "a.flac")
+    audio.write(tmp_path / "a_estimate.wav", audio.read(REFERENCE))
+    before = (tmp_path / "a_estimate.wav").read_bytes()
+    arguments = ["--output", tmp_path, "--checkpoint", checkpoint, "--no-play"]
+    given = ["--reference", tmp_path / "a_estimate.wav"], [tmp_path / "a_estimate.wav"]
+    for more in given:
+        done = script("test.py", tmp_path / "a.flac", *more, *arguments)
+        assert done.returncode == 2
+        assert "a_estimate.wav: is one of the recordings given" in done.stderr
+        assert (tmp_path / "a_estimate.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("hop", [192, 320])
+def test_long_blocks_lose_nothing_whatever_the_hop(hop):
+    extractor = Extractor.__new__(Extractor)
+    extractor.network, extractor.device, extractor.graph = Network(Config(n_fft=2 * hop, hop=hop)).eval(), "cpu", None
+    mixture = np.random.default_rng(0).normal(0, 0.1, 2**17 + 50 * hop).astype(np.float32)
+    estimate = extractor.extract(mixture)
+    assert np.abs(estimate - 0.5 / (1 + 0.25 / 4) ** 0.5 * mixture)[:-hop].max() < 1e-4  # an untrained network's mask
+
+
 def test_one_bad_input_among_several_does_not_stop_the_others(script, checkpoint, tmp_path):
     (tmp_path / "bad.wav").write_text("no sound")
     shutil.copy(MIXTURE, tmp_path / "good.flac")
@@ -332,15 +362,17 @@ def test_video_and_m4a_go_through_ffmpeg(extractor, voice, tmp_path):
 
 
 PEAK_MEMORY = """
-import resource, sys
+import pathlib, re, sys
 import test, torch
 import onnxruntime, librosa
+def peak_kilobytes():  # getrusage would begin with the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 torch.nn.LSTM(2, 2)(torch.zeros(1, 2, 2))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kilobytes()
 try:
     test.main(sys.argv[1:])
 finally:
-    print("over the libraries", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print("over the libraries", (peak_kilobytes() - before) // 1024)
 """
 
 

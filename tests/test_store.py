@@ -281,6 +281,14 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".00000.{os.getppid()}.partial", "00000"]
 
 
+def test_files_whose_names_begin_alike_are_written_side_by_side(tmp_path):
+    with utils.whole(tmp_path / "anna.both.wav") as both:
+        both.write_text("both")
+        with utils.whole(tmp_path / "anna.wav") as one:
+            one.write_text("one")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"anna.both.wav": "both", "anna.wav": "one"}
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
     def examples():
         yield np.zeros((3, 5, 4, 2), np.float16), np.zeros((3, 256), np.float32), {}

@@ -114,14 +114,14 @@ def test_silence_gives_silence(extractor, voice):
 
 
 def minutes_do_not_drift(extractor, voice, mixture, minutes):
-    """A hop at a time equals a minute at a time, in every minute, and the memory does not grow in each of them."""
+    """A hop at a time equals a minute at a time, in every minute, and the memory settles."""
     minute = np.resize(mixture, 60 * RATE)
     hops, whole, memory = extractor.stream(voice), extractor.stream(voice), []
     for _ in range(minutes):
         heard, expected = in_chunks_of_a_hop(hops, minute), whole.feed(minute)
         assert np.abs(heard - expected).max() < 1e-4 * np.abs(expected).max()
         memory.append(resident_megabytes())
-    assert min(np.diff(memory)) < 5  # it may settle late, in a step or two
+    assert np.quantile(np.diff(memory), 0.25) < 2  # it may settle late, in a step or two
 
 
 def resident_megabytes():
