@@ -237,7 +237,7 @@ class Examples(torch.utils.data.Dataset):
         if other != one and rng.random() >= settings["no_voices"]:
             voices.append(self.under(one, other, TARGET, sir_db))
         targets = dict(zip((one, other), voices, strict=False))
-        if not louder and rng.random() < settings["more_voices"]:
+        if not louder and settings["max_voices"] > 1 and rng.random() < settings["more_voices"]:
             third = self.find(rng, INTERFERENCE, speakers)
             if third is not None:
                 voices.append(self.under(one, third, INTERFERENCE, rng.uniform(*settings["sir_db"])))

@@ -8,8 +8,8 @@ recordings instead,
         train/samples.i16            all recordings, one after another, 16 bits
         train/recordings.json        a list of rows: whose, and how many samples
 
-and here N voices at a time are made of them, with the speeds, formants, references and levels that `mixing` draws, and
-noise for a quarter as many examples. After some epochs of remixing them, others take their place.
+and here N voices at a time are made of them, with the speeds, formants and references that `mixing` draws, and noise
+for a quarter as many examples. After some epochs of remixing them, others take their place.
 """
 
 import dataclasses
@@ -163,7 +163,6 @@ class Examples(dataset.Examples):
         if sum(counts) != len(recorded):
             raise UserError(f"{folder}: not whole; copy it again, or remove it and run downloader.py")
         self.first_samples = np.cumsum([0, *counts])
-        self.recorded = torch.from_numpy(recorded).to(self.device)
         kinds = {kind: [] for kind in ("speech", "noise", "music")}
         for n, row in enumerate(rows):
             about = {name: value for name, value in row.items() if name != "samples"}
@@ -180,10 +179,11 @@ class Examples(dataset.Examples):
         self.rows = np.stack([numbers, (numbers - 1) % size, size + numbers % noises], axis=1)
         shape = size + noises, self.stft.n_freq, self.stft.frames(self.samples), 2
         try:
+            self.recorded = torch.from_numpy(recorded).to(self.device)
             self.held = torch.empty(shape, dtype=torch.float16, device=self.device)
         except torch.cuda.OutOfMemoryError as error:
-            needed = f"{size} voices take {2e-9 * math.prod(shape):.1f} GB, more than the GPU has free"
-            raise UserError(f"{self.folder}: {needed}; make it again with a lower --size") from error
+            needed = f"{size} voices and the recordings take {2e-9 * (math.prod(shape) + len(recorded)):.1f} GB"
+            raise UserError(f"{self.folder}: {needed}, more than the GPU has; make it with a lower --size") from error
         self.dvectors = torch.empty(size, len(mixing.REFERENCE_SAMPLES), SpeakerEncoder.size, device=self.device)
         self.rendered = None
 

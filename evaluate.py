@@ -21,7 +21,7 @@ from extractor import Extractor, default_checkpoint, digest
 from lists import ESTIMATE, LISTS, MAIN, OTHER, QUICK, SELF, fixed_lists
 from metrics import attenuation_db, over_suppression, si_sdr
 from model import DEVICE
-from utils import POSITIVE, RANGE, ROOT, UserError, option, parse, processes, require, run, whole
+from utils import NOT_NEGATIVE, POSITIVE, RANGE, ROOT, UserError, option, parse, processes, require, run, whole
 
 ACCENTS = ("VCTK",)
 
@@ -55,6 +55,7 @@ class Options:
 
     def __post_init__(self):
         require(self, POSITIVE, "mixtures", "workers")
+        require(self, NOT_NEGATIVE, "seed")
         require(self, RANGE, "sir_db")
         require(self, (set(LISTS).issuperset, "some of " + ", ".join(LISTS)), "lists")
 

@@ -23,7 +23,7 @@ import dataset
 import dynamic
 import model
 from metrics import attenuation_db, si_sdr, spectral_distance
-from utils import POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
+from utils import NOT_NEGATIVE, POSITIVE, ROOT, SHARE, UserError, differences, option, parse, require, run
 
 MAX_SI_SDR = 30.0  # dB; a better estimate is not pushed further, or clean targets would rule the gradient
 GPU_SHARE = 0.5  # of the GPU's free memory that the examples may take
@@ -63,6 +63,7 @@ class Options(model.Config):
         super().__post_init__()
         require(self, POSITIVE, "steps", "minutes", "epochs", "batch_size", "learning_rate", "every", "keep", "threads")
         require(self, SHARE, "decay")
+        require(self, NOT_NEGATIVE, "seed")
 
 
 def main(argv):

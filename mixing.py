@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import audio
 import corpora
-from utils import POSITIVE, RANGE, SHARE, UserError, option, require
+from utils import NOT_NEGATIVE, POSITIVE, RANGE, SHARE, UserError, option, require
 
 pyroomacoustics.constants.set("num_threads", 1)  # downloader.py has a process for each core
 PARTS = ("target", "interference", "noise")
@@ -55,6 +55,7 @@ class Settings:
         require(self, SHARE, *shares)
         require(self, RANGE, "sir_db", "snr_db", "level_db", "speed", "formants")
         require(self, POSITIVE, "max_voices")
+        require(self, NOT_NEGATIVE, "seed")
         require(self, (lambda factors: min(factors) >= 0.5 and max(factors) <= 2, "0.5 to 2"), "speed", "formants")
         require(self, (lambda seconds: seconds >= 0.1, "0.1 s or more"), "segment")
 
