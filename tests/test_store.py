@@ -131,6 +131,8 @@ def test_both_voices_of_a_pair_are_wanted_of_the_same_mixture(store):
         "primary": [one for one, _ in pairs if one.primary],
     }
     assert all(kinds.values()), {name: len(found) for name, found in kinds.items()}
+    examples.settings["max_voices"] = 1
+    assert max(voices(one) for one, _ in all_recipes(examples)) == 2
 
 
 def test_most_pairs_are_of_one_corpus(store):
@@ -357,6 +359,7 @@ def test_settings_are_whole(store):
         (["--n-fft", 600, "--hop", 300], "--n-fft"),
         (["--sir-db", 5, -5], "--sir-db"),
         (["--absent", 2], "--absent"),
+        (["--seed", -1], "--seed -1: give 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(refusal, tmp_path, arguments, message):
