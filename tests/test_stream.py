@@ -121,7 +121,7 @@ def minutes_do_not_drift(extractor, voice, mixture, minutes):
         heard, expected = in_chunks_of_a_hop(hops, minute), whole.feed(minute)
         assert np.abs(heard - expected).max() < 1e-4 * np.abs(expected).max()
         memory.append(resident_megabytes())
-    assert np.quantile(np.diff(memory), 0.25) < 2  # it may settle late, in a step or two
+    assert min(np.diff(memory)) < 1  # it may settle late, in some steps
 
 
 def resident_megabytes():
