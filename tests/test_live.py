@@ -590,7 +590,7 @@ def test_through_a_virtual_sound_card(sound, tmp_path):
     )  # fmt: skip
     wait_until(lambda: len(pactl(sound.environment, "list", "short", "source-outputs").splitlines()) == 3)
     subprocess.run(["paplay", "-d", "mic", MIXTURE], env=sound.environment, check=True)
-    time.sleep(0.5)
+    time.sleep(1.5)  # until all of it is in the recording, which ends with the card
     recorded, heard = (tape.stop() for tape in tapes)
     sound.daemon.kill()
     output, errors = program.communicate(timeout=30)
