@@ -36,7 +36,7 @@ ALIKE = 0.7  # product of two d-vectors of one voice at least: 95 % of a voice's
 ALIKE_POWER = 0.05  # of the loudest, at least, where a voice is compared
 LOUDEST = 8.0  # samples of a stream are clipped to this, 18 dB over full scale: one click must not rule the level
 GRAPH_HOPS = 8  # that go through the graph one by one; more are faster together, through the network
-CHUNK = 2**17  # samples at most that go through the network at once
+NETWORK_HOPS = 512  # at most that go through the network at once
 
 
 def default_checkpoint():
@@ -107,10 +107,10 @@ class Extractor:
         `None` for both where there is no such piece.
         """
         size, step = (round(seconds * self.sample_rate) for seconds in (PRIMARY_SECONDS, PRIMARY_STEP_SECONDS))
-        around = [np.zeros(size, dtype=np.float32)]
+        silence = [np.zeros(size, dtype=np.float32)]  # around the first piece and the last
         held, position = np.zeros(0, dtype=np.float32), 0
         loudest, stretch, start = PRIMARY_LEVEL, None, None
-        for block in itertools.chain(around, self.extract_blocks(blocks), around):
+        for block in itertools.chain(silence, self.extract_blocks(blocks), silence):
             held = np.concatenate([held, block])
             while len(held) >= 3 * size:
                 level = np.median(np.square(held[size : 2 * size]).reshape(-1, FRAME).mean(1))
@@ -126,7 +126,7 @@ class Extractor:
         known = self.encoder.dvectors([reference])
         pieces = np.lib.stride_tricks.sliding_window_view(estimate, PIECE)[:: PIECE // 4]
         powers = np.square(pieces).mean(1)
-        dvectors = self.encoder.dvectors(list(pieces[powers > ALIKE_POWER * powers.max()]))
+        dvectors = self.encoder(torch.from_numpy(pieces[powers > ALIKE_POWER * powers.max()]).to(self.device))
         alike = dvectors[dvectors @ known[0] > ALIKE]
         return Voice(F.normalize(torch.cat([known, alike]).mean(0), dim=-1).cpu())
 
@@ -165,10 +165,10 @@ class Extractor:
         dvectors = torch.stack([(stream.voice or PRIMARY).dvector for stream in streams]).to(self.device)
         state = [torch.cat(tensors) for tensors in zip(*(stream.state for stream in streams), strict=True)]
         estimates = []
-        extract, size = self.network.extract, CHUNK // self.stft.hop * self.stft.hop
+        extract, hops = self.network.extract, NETWORK_HOPS
         if self.graph is not None and samples.shape[1] <= GRAPH_HOPS * self.stft.hop:
-            extract, size = self.graph, self.stft.hop
-        for chunk in torch.from_numpy(samples).to(self.device).split(size, dim=-1):
+            extract, hops = self.graph, 1
+        for chunk in torch.from_numpy(samples).to(self.device).split(hops * self.stft.hop, dim=-1):
             estimate, state = extract(chunk, dvectors, state)
             estimates.append(estimate)
         for n, stream in enumerate(streams):
