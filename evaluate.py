@@ -17,7 +17,7 @@ import audio
 import corpora
 import mixing
 import report
-from extractor import Extractor, default_checkpoint, digest
+from extractor import REHEARSAL_SECONDS, Extractor, default_checkpoint, digest
 from lists import ESTIMATE, LISTS, MAIN, OTHER, QUICK, SELF, fixed_lists
 from metrics import attenuation_db, over_suppression, si_sdr
 from model import DEVICE
@@ -52,6 +52,7 @@ class Options:
     curve: str | None = option(None, "save a picture of the checkpoint's learning curve here, too")
     workers: int = option(os.cpu_count(), "number of processes")
     device: str = option(DEVICE, "cpu, cuda, cuda:1 ...")
+    live: bool = option(False, "extract as from live streams, of which nothing is heard before they begin")
 
     def __post_init__(self):
         require(self, POSITIVE, "mixtures", "workers")
@@ -64,11 +65,14 @@ class Options:
         """The lists to score."""
         return self.lists or (QUICK if self.quick else LISTS)
 
+    def extractor(self):
+        return Extractor(self.checkpoint, self.device, rehearsal=0 if self.live else REHEARSAL_SECONDS)
+
 
 def main(argv):
     options = parse(Options, argv, __doc__)
     measures = {} if options.quick else quality_measures()
-    extractor = Extractor(options.checkpoint, options.device)
+    extractor = options.extractor()
     output = Path(options.output)
     if options.cases:
         folders = case_folders(options.cases)
@@ -97,7 +101,8 @@ def about(extractor, rows, options):
     return (
         f"The checkpoint {Path(path).name} (step {extractor.checkpoint.get('step')}, weights "
         f"{digest(extractor.network)[:12]}) on lists drawn with seed {options.seed}, of {len(speakers)} speakers of "
-        f"{', '.join(sorted({row['target']['corpus'] for row in rows}))}."
+        f"{', '.join(sorted({row['target']['corpus'] for row in rows}))}, extracted as "
+        f"{'from live streams' if options.live else 'from recordings'}."
     )
 
 
@@ -328,15 +333,15 @@ def recogniser():
 def score_all(cases, options):
     """The rows of all cases, in order, made by `options.workers` processes."""
     jobs = [(case, not options.quick and case.list in MAIN) for case in cases]
-    with processes(options.workers, prepare, options.checkpoint or default_checkpoint(), options.device) as executor:
+    with processes(options.workers, prepare, options) as executor:
         return list(tqdm(executor.map(score_job, jobs), total=len(jobs), unit="mixture", smoothing=0.05))
 
 
-def prepare(checkpoint, device):
+def prepare(options):
     """Keep what `score_job` needs in this process."""
     global worker
     torch.set_num_threads(1)
-    worker = Extractor(checkpoint, device)
+    worker = options.extractor()
 
 
 def score_job(job):

@@ -30,6 +30,7 @@ from utils import ROOT, UserError, whole
 
 CHECKPOINTS = ROOT / "models" / "extractor"
 PRIMARY_SECONDS, PRIMARY_STEP_SECONDS = 5.0, 1.0  # what the primary speaker is enrolled from, and where it may begin
+REHEARSAL_SECONDS = 5.0  # of a recording that the network hears before it begins
 FRAME = 320  # samples that a level is measured over
 PRIMARY_LEVEL = 1e-8  # its median power at least, full scale 1
 ALIKE = 0.7  # product of two d-vectors of one voice at least: 95 % of a voice's are more alike, 80 % of others' less
@@ -74,14 +75,15 @@ PRIMARY = Voice(torch.zeros(SpeakerEncoder.size))
 
 
 class Extractor:
-    """A checkpoint on a device, by default `default_checkpoint`.
+    """A checkpoint on a device, by default `default_checkpoint`; `rehearsal`: see `extract_blocks`, in seconds.
 
     Samples are numpy float32 (samples,), at 16 kHz unless a rate is given. A voice of `None` is the primary speaker.
     Raises `UserError` where the checkpoint or the device cannot be used.
     """
 
-    def __init__(self, checkpoint=None, device="cpu"):
+    def __init__(self, checkpoint=None, device="cpu", rehearsal=REHEARSAL_SECONDS):
         checkpoint = Path(checkpoint or default_checkpoint())
+        self.rehearsal = rehearsal
         self.device = model.find_device(device)
         self.network, self.checkpoint = model.load(checkpoint, self.device)
         self.encoder = SpeakerEncoder().to(self.device)
@@ -135,13 +137,22 @@ class Extractor:
         return Stream(self, voice, rate)
 
     def extract(self, mixture, voice=None, rate=SAMPLE_RATE):
-        """The voice in a mixture (samples,), as long as it and in time with it."""
+        """The voice in a mixture (samples,), as long as it and in time with it; see `extract_blocks`."""
         return np.concatenate(list(self.extract_blocks([mixture], voice, rate)))
 
     def extract_blocks(self, blocks, voice=None, rate=SAMPLE_RATE):
-        """The voice in a mixture that comes in blocks of any length; yields blocks whose sum is as long and in time."""
-        stream = self.stream(voice, rate)
-        for block in blocks:
+        """The voice in a mixture that comes in blocks of any length; yields blocks whose sum is as long and in time.
+
+        Its first seconds, `rehearsal`, are heard twice: the network knows voices apart better after a second of both.
+        Without, the blocks are what a stream returns.
+        """
+        stream, blocks, start = self.stream(voice, rate), iter(blocks), []
+        length = round(self.rehearsal * rate)
+        while sum(map(len, start)) < length and (block := next(blocks, None)) is not None:
+            start.append(block)
+        if start:
+            stream.rehearse(np.concatenate(start)[:length])
+        for block in itertools.chain(start, blocks):
             yield stream.feed(block)
         yield stream.flush()
 
@@ -240,6 +251,12 @@ class Stream:
         rate = self.extractor.sample_rate
         converting = resampling_delay(self.rate, rate) + resampling_delay(rate, self.rate)
         return math.ceil((self.extractor.stft.n_fft / rate + converting) * self.rate)
+
+    def rehearse(self, samples):
+        """Before the start, let the network hear samples (any number,) of the mixture; nothing else is kept of them."""
+        other = Stream(self.extractor, self.voice, self.rate)
+        other.feed(samples)
+        self.state = self.state[:2] + other.state[2:]  # the STFT's begins anew
 
     def feed(self, samples):
         """Take samples (any number,) of the mixture; returns what is ready of the estimate, in time with it."""

@@ -19,6 +19,7 @@ import evaluate
 import lists
 import mixing
 import report
+from extractor import REHEARSAL_SECONDS, Extractor
 from lists import ESTIMATE, OTHER, SELF
 from metrics import over_suppression, si_sdr
 from model import Config
@@ -468,6 +469,18 @@ def test_cases_of_any_format_and_rate(script, checkpoint, case, tmp_path):
     expected = si_sdr(torch.from_numpy(mixture), torch.from_numpy(target)).item()
     assert row["signals"]["mixture"]["si_sdr"] == pytest.approx(expected, abs=0.1)
     assert figures["summary"]["cases"][ESTIMATE]["mixtures"] == 1
+
+
+def test_live_scores_what_a_stream_returns(checkpoint, case, tmp_path):
+    scene = evaluate.read_case(case)
+    for more, rehearsal in ((["--live"], 0), ([], REHEARSAL_SECONDS)):
+        arguments = ["--cases", str(case.parent), "--checkpoint", str(checkpoint), "--json", str(tmp_path / "out.json")]
+        evaluate.main([*arguments, *more])
+        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        extractor = Extractor(checkpoint, rehearsal=rehearsal)
+        estimate = extractor.extract(scene.mixture, extractor.enroll(scene.references[ESTIMATE]))
+        expected = si_sdr(*map(torch.from_numpy, (estimate, scene.target))).item()
+        assert row["signals"][ESTIMATE]["si_sdr"] == pytest.approx(expected, abs=0.01)
 
 
 def test_what_is_not_the_target_is_interference_at_any_level(case):
