@@ -327,6 +327,22 @@ def test_it_learns(options):
     assert losses[-1] < losses[0] - 5
 
 
+def test_a_rehearsed_mixture_is_heard_twice_and_both_times_count(options):
+    options = dataclasses.replace(options, rehearse=True, learning_rate=3e-3, batch_size=8)
+    trainer = main.Trainer(options, dataset.Path(options.data))
+    batch = next(iter(trainer.batches(0, 0)))
+    for _ in range(10):  # until it has a mask of its own
+        trainer.update(batch)
+    losses = [trainer.loss(batch, estimate)[0].item() for estimate in trainer.estimates(batch)]
+    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+    assert trainer.update(batch)[0] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    trainer.network.eval()
+    heard, state = trainer.network(batch.mixture, batch.dvector)
+    again, _ = trainer.network(batch.mixture, batch.dvector, state)
+    for estimate, expected in zip(trainer.estimates(batch), (heard, again), strict=True):
+        assert torch.allclose(estimate, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("factor", "cost"), [(-1, 1.5), (0.01, 4), (3, 1)])
 def test_the_level_and_the_sign_of_an_estimate_count(options, factor, cost):
     trainer = main.Trainer(options, dataset.Path(options.data))
