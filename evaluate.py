@@ -66,7 +66,7 @@ class Options:
         return self.lists or (QUICK if self.quick else LISTS)
 
     def extractor(self):
-        return Extractor(self.checkpoint, self.device, rehearsal=0 if self.live else REHEARSAL_SECONDS)
+        return Extractor(self.checkpoint, self.device, rehearsal_seconds=0 if self.live else REHEARSAL_SECONDS)
 
 
 def main(argv):

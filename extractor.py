@@ -75,15 +75,15 @@ PRIMARY = Voice(torch.zeros(SpeakerEncoder.size))
 
 
 class Extractor:
-    """A checkpoint on a device, by default `default_checkpoint`; `rehearsal`: see `extract_blocks`, in seconds.
+    """A checkpoint on a device, by default `default_checkpoint`; for `rehearsal_seconds` see `extract_blocks`.
 
     Samples are numpy float32 (samples,), at 16 kHz unless a rate is given. A voice of `None` is the primary speaker.
     Raises `UserError` where the checkpoint or the device cannot be used.
     """
 
-    def __init__(self, checkpoint=None, device="cpu", rehearsal=REHEARSAL_SECONDS):
+    def __init__(self, checkpoint=None, device="cpu", rehearsal_seconds=REHEARSAL_SECONDS):
         checkpoint = Path(checkpoint or default_checkpoint())
-        self.rehearsal = rehearsal
+        self.rehearsal_seconds = rehearsal_seconds
         self.device = model.find_device(device)
         self.network, self.checkpoint = model.load(checkpoint, self.device)
         self.encoder = SpeakerEncoder().to(self.device)
@@ -143,11 +143,11 @@ class Extractor:
     def extract_blocks(self, blocks, voice=None, rate=SAMPLE_RATE):
         """The voice in a mixture that comes in blocks of any length; yields blocks whose sum is as long and in time.
 
-        Its first seconds, `rehearsal`, are heard twice: the network knows voices apart better after a second of both.
+        Its first `rehearsal_seconds` are heard twice: the network knows voices apart better after a second of both.
         Without, the blocks are what a stream returns.
         """
         stream, blocks, start = self.stream(voice, rate), iter(blocks), []
-        length = round(self.rehearsal * rate)
+        length = round(self.rehearsal_seconds * rate)
         while sum(map(len, start)) < length and (block := next(blocks, None)) is not None:
             start.append(block)
         if start:

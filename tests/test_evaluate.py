@@ -473,11 +473,11 @@ def test_cases_of_any_format_and_rate(script, checkpoint, case, tmp_path):
 
 def test_live_scores_what_a_stream_returns(checkpoint, case, tmp_path):
     scene = evaluate.read_case(case)
-    for more, rehearsal in ((["--live"], 0), ([], REHEARSAL_SECONDS)):
+    for more, seconds in ((["--live"], 0), ([], REHEARSAL_SECONDS)):
         arguments = ["--cases", str(case.parent), "--checkpoint", str(checkpoint), "--json", str(tmp_path / "out.json")]
         evaluate.main([*arguments, *more])
         (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-        extractor = Extractor(checkpoint, rehearsal=rehearsal)
+        extractor = Extractor(checkpoint, rehearsal_seconds=seconds)
         estimate = extractor.extract(scene.mixture, extractor.enroll(scene.references[ESTIMATE]))
         expected = si_sdr(*map(torch.from_numpy, (estimate, scene.target))).item()
         assert row["signals"][ESTIMATE]["si_sdr"] == pytest.approx(expected, abs=0.01)

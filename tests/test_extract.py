@@ -28,7 +28,7 @@ MIXTURE = DEMO / "mixture.flac"
 @pytest.fixture(scope="module")
 def extractor(checkpoint):
     """One that extracts from recordings what it would from a stream."""
-    return Extractor(checkpoint, rehearsal=0)
+    return Extractor(checkpoint, rehearsal_seconds=0)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_start_of_a_recording_is_heard_twice(checkpoint, extractor, voice, m
     """Its estimate is what comes the second time of a recording with that start twice."""
     mixture = mixture[:48000].copy()
     mixture[32000 - extractor.stft.hop : 32000] = 0  # as the STFT begins anew
-    rehearsed = Extractor(checkpoint, rehearsal=2.0).extract(mixture, voice)
+    rehearsed = Extractor(checkpoint, rehearsal_seconds=2.0).extract(mixture, voice)
     twice = extractor.extract(np.concatenate([mixture[:32000], mixture]), voice)[32000:]
     assert np.abs(rehearsed - twice).max() < 1e-5 * np.abs(twice).max()
     assert np.abs(rehearsed - extractor.extract(mixture, voice)).max() > 0.01 * np.abs(twice).max()
@@ -99,7 +99,7 @@ def test_the_start_of_a_recording_is_heard_twice(checkpoint, extractor, voice, m
 
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_what_is_heard_twice_does_not_depend_on_the_blocks(checkpoint, voice, mixture, rate):
-    extractor = Extractor(checkpoint, rehearsal=1.0)
+    extractor = Extractor(checkpoint, rehearsal_seconds=1.0)
     samples = resampled(mixture, rate)[: 2 * rate]
     whole = extractor.extract(samples, voice, rate)
     for cuts in ([1, 1000], [rate, rate + 1], range(500, 2 * rate, 500)):
@@ -263,7 +263,7 @@ def test_nothing_that_was_given_is_overwritten(script, checkpoint, tmp_path):
 @pytest.mark.parametrize("hop", [192, 320])
 def test_long_blocks_lose_nothing_whatever_the_hop(hop):
     extractor = Extractor.__new__(Extractor)
-    extractor.rehearsal = 0
+    extractor.rehearsal_seconds = 0
     extractor.network, extractor.device, extractor.graph = Network(Config(n_fft=2 * hop, hop=hop)).eval(), "cpu", None
     mixture = np.random.default_rng(0).normal(0, 0.1, 2**17 + 50 * hop).astype(np.float32)
     estimate = extractor.extract(mixture)

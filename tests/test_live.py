@@ -41,7 +41,7 @@ TONE = (0.5 * np.sin(2 * np.pi * 100 * np.arange(400 * BLOCK) / 16000)).astype(n
 
 @pytest.fixture(scope="module")
 def extractor(checkpoint):
-    return Extractor(checkpoint, rehearsal=0)
+    return Extractor(checkpoint, rehearsal_seconds=0)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def graph_checkpoint(tmp_path_factory, network):
 
 @pytest.fixture(scope="module")
 def extractor(graph_checkpoint):
-    extractor = Extractor(graph_checkpoint, rehearsal=0)
+    extractor = Extractor(graph_checkpoint, rehearsal_seconds=0)
     assert extractor.graph is not None
     return extractor
 
