@@ -66,6 +66,7 @@ class Options:
         return self.lists or (QUICK if self.quick else LISTS)
 
     def extractor(self):
+        """What is scored."""
         return Extractor(self.checkpoint, self.device, rehearsal_seconds=0 if self.live else REHEARSAL_SECONDS)
 
 
